@@ -1,0 +1,234 @@
+"""`Optimizer`: a rule at work on plain NumPy arrays, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from portopt.arrays import STORAGE_DTYPES, Namespace, compute_dtype
+from portopt.rules import Rule
+from portopt.trace import trace
+
+NDArray: TypeAlias = npt.NDArray[Any]
+Arrays: TypeAlias = "Sequence[NDArray] | Mapping[str, NDArray]"
+Name: TypeAlias = "int | str"
+
+
+class Optimizer:
+    """Updates NumPy arrays in place by a rule.
+
+    Args:
+        rule: The rule; its hyperparameters are every group's defaults.
+        params: Writable arrays of dtype float16, bfloat16, float32 or float64: a sequence (named 0,
+            1, ...), a dict (named by its keys), or a sequence of groups: dicts with such a
+            collection under "params" and, beside it, hyperparameters of their own.
+
+    Attributes:
+        rule: The rule.
+        param_groups: For each group its hyperparameters, free to change between steps, and under
+            "params" its arrays by name.
+        state: For each parameter that has had a gradient, by name, its "step" (an int) and slots.
+
+    Raises:
+        TypeError: a parameter is no array, or of another dtype; an unknown hyperparameter.
+        ValueError: no parameters, one that stands there twice or cannot be written, or a
+            hyperparameter out of its range.
+
+    Example:
+        >>> import numpy as np
+        >>> from portopt.rules import SGD
+        >>> params = {"w": np.array([1.0, 2.0]), "b": np.array([0.5])}
+        >>> optimizer = Optimizer(SGD(lr=0.5), params)
+        >>> optimizer.step({"w": np.array([1.0, 1.0]), "b": np.array([1.0])})
+        >>> params
+        {'w': array([0.5, 1.5]), 'b': array([0.])}
+    """
+
+    def __init__(self, rule: Rule, params: Arrays | Sequence[Mapping[str, Any]]) -> None:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule must be a portopt.Rule, such as rules.Adam(), got {rule!r}")
+        self.rule = rule
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: dict[Name, dict[str, Any]] = {}
+        groups: list[Any] = [] if isinstance(params, Mapping) else list(params)
+        if not (groups and isinstance(groups[0], Mapping)):
+            groups = [{"params": params}]
+        for group in groups:
+            self.add_param_group(group)
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Add parameters with hyperparameters of their own.
+
+        Args:
+            group: A collection of arrays under "params"; hyperparameters beside it.
+
+        Raises:
+            TypeError, ValueError: as for the class; nothing is added then.
+        """
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise TypeError(f'a group must be a dict with "params", got {group!r}')
+        arrays = group["params"]
+        if isinstance(arrays, np.ndarray) or not isinstance(arrays, Mapping | Iterable):
+            raise TypeError(
+                f"params must be a sequence or a dict of arrays, got {type(arrays).__name__}"
+            )
+        known = self._arrays()
+        named: dict[Name, Any] = (
+            dict(arrays) if isinstance(arrays, Mapping) else dict(enumerate(arrays, len(known)))
+        )
+        if not named:
+            raise ValueError("params must hold at least one array, got none")
+        seen = {id(array): name for name, array in known.items()}
+        for name, array in named.items():
+            _check_param(name, array)
+            if name in known or id(array) in seen:
+                other = name if name in known else seen[id(array)]
+                raise ValueError(f"params[{name!r}] is there already, as params[{other!r}]")
+            seen[id(array)] = name
+        hyper = {key: value for key, value in group.items() if key != "params"}
+        self.param_groups.append({"params": named, **_values(self._rule(hyper))})
+
+    def step(self, grads: Sequence[NDArray | None] | Mapping[str, NDArray | None]) -> None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            grads: A gradient for each parameter, of its shape and dtype, or None to leave the
+                parameter and its slots alone: a sequence in the order of the parameters, or a dict
+                by name.
+
+        Raises:
+            TypeError, ValueError: a gradient is missing, unknown, or of another shape or dtype, or
+                a group's hyperparameter is not allowed; nothing is changed then.
+        """
+        checked = self._checked_grads(grads)
+        rules = [self._rule(_hyper(group)) for group in self.param_groups]
+        for rule, group in zip(rules, self.param_groups, strict=True):
+            for name, param in group["params"].items():
+                if checked[name] is not None:
+                    self._update(rule, name, param, checked[name])
+
+    def _update(self, rule: Rule, name: Name, param: NDArray, grad: NDArray) -> None:
+        program = trace(rule)
+        state = self.state.setdefault(name, {"step": 0})
+        for slot in program.slots:
+            state.setdefault(slot, np.zeros_like(param))
+        stored = {"param": param, "grad": grad, **{slot: state[slot] for slot in program.slots}}
+        dtype = np.dtype(compute_dtype(param.dtype.name))
+        arrays = {key: array.astype(dtype, copy=False) for key, array in stored.items()}
+        scalars = program.scalars(vars(rule), state["step"] + 1)
+        with np.errstate(all="ignore"):  # NaN and Inf propagate, as in every framework
+            new = program.run(cast(Namespace, np), scalars, arrays)
+            for key, value in new.items():
+                stored[key][...] = value
+        state["step"] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all that `load_state_dict` needs to go on from here.
+
+        Returns:
+            "state": for each parameter by name, its "step" and slots; "param_groups": for each
+            group, its hyperparameters and under "params" the names of its parameters.
+        """
+        state = {name: _copy(entries) for name, entries in self.state.items()}
+        groups = [{**_hyper(group), "params": list(group["params"])} for group in self.param_groups]
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict` of an optimizer with the same groups of parameters.
+
+        Slots keep the dtype that they were saved with.
+
+        Raises:
+            ValueError: it does not fit: other groups, names, slots or shapes; nothing is changed.
+            TypeError: hyperparameters or slots of a wrong type; nothing is changed.
+        """
+        names = [list(group["params"]) for group in self.param_groups]
+        saved = [list(group["params"]) for group in state_dict["param_groups"]]
+        if names != saved:
+            raise ValueError(f"state_dict must be for the parameters {names}, is for {saved}")
+        rules = [self._rule(_hyper(group)) for group in state_dict["param_groups"]]
+        arrays = self._arrays()
+        rule_of = {name: rule for rule, group in zip(rules, names, strict=True) for name in group}
+        for name, entries in state_dict["state"].items():
+            if name not in arrays:
+                raise ValueError(f"state[{name!r}] is of no parameter: there are {list(arrays)}")
+            _check_state(name, entries, rule_of[name], arrays[name])
+        self.state = {name: _copy(entries) for name, entries in state_dict["state"].items()}
+        for group, rule in zip(self.param_groups, rules, strict=True):
+            group.update(_values(rule))
+
+    def _arrays(self) -> dict[Name, NDArray]:
+        return {k: array for group in self.param_groups for k, array in group["params"].items()}
+
+    def _rule(self, hyper: Mapping[str, Any]) -> Rule:
+        unknown = [key for key in hyper if key not in _values(self.rule)]
+        if unknown:
+            raise TypeError(
+                f"unknown hyperparameter {unknown[0]!r}: {type(self.rule).__name__} has "
+                f"{', '.join(_values(self.rule))}"
+            )
+        return replace(self.rule, **hyper)
+
+    def _checked_grads(self, grads: Any) -> dict[Name, Any]:
+        arrays = self._arrays()
+        if isinstance(grads, np.ndarray) or not isinstance(grads, Mapping | Sequence):
+            raise TypeError(f"grads must be a sequence or a dict, got {type(grads).__name__}")
+        named = dict(grads) if isinstance(grads, Mapping) else dict(enumerate(grads))
+        if set(named) != set(arrays):
+            raise ValueError(f"grads must be for {list(arrays)}, got {list(named)}")
+        for name, grad in named.items():
+            if grad is None:
+                continue
+            if not isinstance(grad, np.ndarray):
+                raise TypeError(f"grads[{name!r}] must be a NumPy array, got {grad!r}")
+            param = arrays[name]
+            if (grad.shape, grad.dtype) != (param.shape, param.dtype):
+                raise ValueError(
+                    f"grads[{name!r}] must have shape {param.shape} and dtype {param.dtype} like "
+                    f"its parameter, got {grad.shape} and {grad.dtype}"
+                )
+        return named
+
+
+def _values(rule: Rule) -> dict[str, Any]:
+    return {field.name: getattr(rule, field.name) for field in fields(rule)}
+
+
+def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _copy(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in entries.items()}
+
+
+def _check_param(name: Name, array: Any) -> None:
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"params[{name!r}] must be a NumPy array, got {type(array).__name__}")
+    if array.dtype.name not in STORAGE_DTYPES:
+        allowed = ", ".join(STORAGE_DTYPES)
+        raise TypeError(f"params[{name!r}] must have a dtype among {allowed}, got {array.dtype}")
+    if not array.flags.writeable:
+        raise ValueError(f"params[{name!r}] must be writable, got a read-only array")
+
+
+def _check_state(name: Name, entries: Mapping[str, Any], rule: Rule, param: NDArray) -> None:
+    if set(entries) != {"step", *rule.slots}:
+        raise ValueError(
+            f"state[{name!r}] must have step and the slots {list(rule.slots)}, got {list(entries)}"
+        )
+    step = entries["step"]
+    if not isinstance(step, int | np.integer) or step < 0:
+        raise TypeError(f"state[{name!r}]['step'] must be an int of at least 0, got {step!r}")
+    for slot in rule.slots:
+        array = entries[slot]
+        if not isinstance(array, np.ndarray) or array.dtype.name not in STORAGE_DTYPES:
+            raise TypeError(f"state[{name!r}][{slot!r}] must be an array of floats, got {array!r}")
+        if array.shape != param.shape:
+            raise ValueError(
+                f"state[{name!r}][{slot!r}] must have shape {param.shape}, got {array.shape}"
+            )

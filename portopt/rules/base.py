@@ -1,0 +1,238 @@
+"""What every rule is: checked hyperparameters, named slots, one pure update."""
+
+from __future__ import annotations
+
+import abc
+import numbers
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from portopt.arrays import Array, Namespace
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Update = tuple[Array, dict[str, Array]]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The values that a float hyperparameter may take, in the usual notation: ``[0, 1)``."""
+
+    text: str
+
+    def __contains__(self, value: float) -> bool:
+        low, high = map(float, self.text[1:-1].split(","))
+        above = value >= low if self.text[0] == "[" else value > low
+        below = value <= high if self.text[-1] == "]" else value < high
+        return above and below
+
+
+REAL = Interval("(-inf, inf)")
+Real = Annotated[float, REAL]
+NonNegative = Annotated[float, Interval("[0, inf)")]
+Decay = Annotated[float, Interval("[0, 1)")]
+
+
+class HyperparameterError(ValueError):
+    """A hyperparameter has a value that is not allowed.
+
+    Attributes:
+        name: The field of the rule.
+        value: What was given.
+        allowed: What may be given, in words.
+    """
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        super().__init__(f"{name} must be {allowed}, got {value!r}")
+        self.name, self.value, self.allowed = name, value, allowed
+
+
+class HyperparameterTypeError(HyperparameterError, TypeError):
+    """A hyperparameter has a value of a type that is not allowed."""
+
+
+class Slots(Mapping[str, Any]):
+    """The slots of one parameter, read as attributes: ``slot.exp_avg``. They cannot be changed."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"no slot {name!r}: the rule's slots are {', '.join(self) or 'none'}")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"slot.{name} cannot be assigned: return the new slots instead")
+
+    def __getitem__(self, name: str) -> Any:
+        return self.__dict__[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dict__)
+
+    def __len__(self) -> int:
+        return len(self.__dict__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(abc.ABC):
+    """One optimizer's arithmetic: a frozen dataclass of hyperparameters with a pure `update`.
+
+    A field annotated ``float`` is a scalar of the update, free to change from step to step.
+    Every other field (a bool, a ``Literal``) chooses between formulas, and so does whether a
+    float is zero: these are the only things that an update may branch on.
+
+    Every rule takes the four fields below; `step` is the only place that knows the last three.
+
+    Args:
+        lr: Learning rate, in [0, inf).
+        weight_decay: Weight decay, in [0, inf). 0.0 by default.
+        decoupled: Shrink the parameter (``param - lr*weight_decay*param``) before the update,
+            instead of adding ``weight_decay*param`` to the gradient. False by default.
+        maximize: Ascend: the gradient's sign is turned first of all. False by default.
+
+    Raises:
+        HyperparameterError: a `ValueError`: a value out of its range or not among its choices.
+        HyperparameterTypeError: a `TypeError` too: a value of the wrong type.
+
+    Source:
+        Coupled and decoupled weight decay: Loshchilov & Hutter 2019, "Decoupled Weight Decay
+        Regularization", algorithm 1, lines 6 and 12. https://arxiv.org/abs/1711.05101
+    """
+
+    lr: NonNegative
+    weight_decay: NonNegative = 0.0
+    decoupled: bool = False
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        for name, (_, check) in _fields(type(self)).items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the arrays kept for each parameter, of its shape and dtype, zero at first."""
+        return ()
+
+    @abc.abstractmethod
+    def update(self, xp: Namespace, t: int, param: Array, grad: Array, slot: Any) -> Update:
+        """The new parameter and the new slots; changes nothing and asks for no framework.
+
+        Args:
+            xp: The arrays' namespace; the functions in `portopt.arrays.FUNCTIONS`.
+            t: The number of this step, from 1: a scalar.
+            param: The parameter.
+            grad: Its gradient, of the same shape and dtype.
+            slot: The slots, as attributes.
+        """
+
+    def step(self, xp: Namespace, t: int, param: Array, grad: Array, slot: Any) -> Update:
+        """One whole step: `maximize`, weight decay, then `update`. Arguments as there."""
+        if self.maximize:
+            grad = -grad
+        if self.weight_decay:
+            if self.decoupled:
+                param = param - self.lr * self.weight_decay * param
+            else:
+                grad = grad + self.weight_decay * param
+        return self.update(xp, t, param, grad, slot)
+
+    @classmethod
+    def hyperparameters(cls) -> tuple[str, ...]:
+        """Names of the float fields: the scalars of the update."""
+        return tuple(name for name, (is_float, _) in _fields(cls).items() if is_float)
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """All that an update may branch on: rules of equal structure have one program."""
+        return tuple(
+            is_zero(getattr(self, name)) if is_float else getattr(self, name)
+            for name, (is_float, _) in _fields(type(self)).items()
+        )
+
+    @classmethod
+    def unchecked(cls, **values: Any) -> Self:
+        """A rule of any values: symbols, 0-d arrays, a schedule's next value."""
+        rule = object.__new__(cls)
+        rule.__dict__.update(
+            {field.name: field.default for field in fields(cls)} | values  # type: ignore[arg-type]
+        )
+        return rule
+
+
+def ema(old: Array, new: Array, decay: float) -> Array:
+    """The exponential moving average ``decay*old + (1 - decay)*new``.
+
+    It moves from old to new by ``1 - decay``: in the textbook form the rounding of ``decay`` itself
+    accumulates over ``1/(1 - decay)`` steps (1e-5 of the value for 0.999 in float32).
+    """
+    return old + (1 - decay) * (new - old) if decay else new
+
+
+def is_zero(value: object) -> bool:
+    """Whether a hyperparameter is zero; a 0-d array is not, as asking would wait for its device."""
+    return isinstance(value, int | float) and value == 0
+
+
+Check = Callable[[str, Any], Any]
+
+
+@cache
+def _fields(cls: type[Rule]) -> dict[str, tuple[bool, Check]]:
+    """For each field of a rule: whether it is a float, and the function that checks it."""
+    hints = get_type_hints(cls, include_extras=True)
+    table: dict[str, tuple[bool, Check]] = {}
+    for field in fields(cls):
+        hint = hints[field.name]
+        interval = REAL
+        if get_origin(hint) is Annotated:
+            hint, interval = get_args(hint)[:2]
+        if hint is float:
+            table[field.name] = (True, _float_in(interval))
+        elif hint is bool:
+            table[field.name] = (False, _bool)
+        elif get_origin(hint) is Literal:
+            table[field.name] = (False, _one_of(get_args(hint)))
+        else:
+            table[field.name] = (False, _anything)
+    return table
+
+
+def _float_in(interval: Interval) -> Check:
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise HyperparameterTypeError(name, value, f"a real number in {interval.text}")
+        if float(value) not in interval:
+            raise HyperparameterError(name, value, f"in {interval.text}")
+        return float(value)
+
+    return check
+
+
+def _one_of(choices: tuple[object, ...]) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if value not in choices:
+            raise HyperparameterError(name, value, f"one of {', '.join(map(repr, choices))}")
+        return value
+
+    return check
+
+
+def _bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise HyperparameterTypeError(name, value, "True or False")
+    return value
+
+
+def _anything(name: str, value: Any) -> Any:
+    return value

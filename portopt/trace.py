@@ -1,0 +1,317 @@
+"""Tracing: a rule, run once on symbols, becomes a program.
+
+The update is handed symbols in place of arrays and scalars; each operation on a symbol records an
+instruction. What depends on scalars alone goes to the program's scalar part. What the array
+protocol does not have, or what would not mean the same everywhere, is refused with a `TraceError`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import numbers
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+from portopt.arrays import FUNCTIONS
+from portopt.program import SCALAR_OPS, Instruction, Kind, Program
+from portopt.rules.base import Rule, Slots, is_zero
+
+
+class TraceError(TypeError):
+    """A rule does something that a program cannot say: names the rule and the operation."""
+
+
+_programs: dict[tuple[type[Rule], tuple[object, ...]], Program] = {}
+
+
+def trace(rule: Rule) -> Program:
+    """The program of a rule; traced once for all rules of one class and `Rule.structure`.
+
+    Args:
+        rule: Any rule. The values of its float fields do not matter, only which of them are zero.
+
+    Raises:
+        TraceError: the rule branches on a value, changes its arguments, or uses something outside
+            the array protocol.
+        ProgramError: the traced program is not well formed.
+
+    Example:
+        >>> from portopt.rules import Momentum
+        >>> print(trace(Momentum(nesterov=True)))
+        Momentum:
+            once a step, in float64:
+                nothing
+            for every element:
+                b = momentum * momentum_buffer + grad
+                direction = grad + momentum * b
+                param_new = param - lr * direction
+            new param = param_new, momentum_buffer = b
+    """
+    key = type(rule), rule.structure
+    if key not in _programs:
+        _programs[key] = _Tracer(rule).program()
+    return _programs[key]
+
+
+class _Tracer:
+    """Runs a rule on symbols and keeps what they record."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.recorded: dict[tuple[object, ...], Symbol] = {}
+        self.frames: dict[int, FrameType] = {}
+
+    def fail(self, what: str) -> TraceError:
+        return TraceError(f"{type(self.rule).__name__}.update {what}")
+
+    def program(self) -> Program:
+        rule, cls = self.rule, type(self.rule)
+        t = Symbol(self, "scalar", name="t")
+        scalars = {
+            name: Symbol(self, "scalar", name=name, is_zero=is_zero(getattr(rule, name)))
+            for name in cls.hyperparameters()
+        }
+        self.twin = cls.unchecked(**{**vars(rule), **scalars})
+        slots = tuple(self.twin.slots)
+        param, grad, *state = (
+            Symbol(self, "array", name=name) for name in ("param", "grad", *slots)
+        )
+        slot = Slots(dict(zip(slots, state, strict=True)))
+        try:
+            result = self.twin.step(_Functions(self), t, param, grad, slot)  # type: ignore[arg-type]
+        except TraceError:
+            raise
+        except (TypeError, AttributeError, ValueError) as error:
+            raise self.fail(f"cannot be traced: {error}") from error
+        outputs = self.outputs(result, slots)
+        lines = self.name_lines(outputs)
+        program = Program(
+            rule=cls.__name__,
+            hyperparameters=tuple(scalars),
+            slots=slots,
+            scalar_part=tuple(line.instruction() for line in lines if line.kind == "scalar"),
+            array_part=tuple(line.instruction() for line in lines if line.kind != "scalar"),
+            outputs=tuple((slot, value.name) for slot, value in outputs.items()),
+        )
+        program.verify()
+        return program
+
+    def outputs(self, result: Any, slots: tuple[str, ...]) -> dict[str, Symbol]:
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+            raise self.fail(f"must return (new_param, new_slots), returned {result!r}")
+        if set(result[1]) != set(slots):
+            raise self.fail(f"must return the slots {list(slots)}, returned {list(result[1])}")
+        outputs = {"param": result[0], **{slot: result[1][slot] for slot in slots}}
+        for name, value in outputs.items():
+            if not isinstance(value, Symbol) or value.kind != "array":
+                raise self.fail(f"must return an array for {name}, returned {value!r}")
+        return outputs
+
+    def record(self, op: str, *operands: Any) -> Symbol:
+        args = tuple(self.operand(op, value) for value in operands)
+        kinds = [arg.kind if isinstance(arg, Symbol) else "scalar" for arg in args]
+        self.check(op, args, kinds)
+        kind = "scalar" if set(kinds) == {"scalar"} else "mask" if op == "less" else "array"
+        key = (op, *(id(arg) if isinstance(arg, Symbol) else repr(arg) for arg in args))
+        if key not in self.recorded:
+            self.recorded[key] = Symbol(self, kind, op, args)
+            self.note_frames()
+        return self.recorded[key]
+
+    def operand(self, op: str, value: Any) -> Any:
+        if isinstance(value, Symbol) and value.tracer is self:
+            return value
+        if isinstance(value, numbers.Real):
+            return value if isinstance(value, int) else float(value)
+        raise self.fail(
+            f"uses {type(value).__name__} {value!r} in {op}: only its arguments, its "
+            "hyperparameters and numbers can be used"
+        )
+
+    def check(self, op: str, args: tuple[Any, ...], kinds: list[Kind]) -> None:
+        shown = ", ".join(map(repr, args))
+        masks = [op == "where" and place == 0 for place in range(len(kinds))]
+        if [kind == "mask" for kind in kinds] != masks:
+            raise self.fail(
+                f"computes {op}({shown}): a comparison of arrays goes into the first argument of "
+                "xp.where, and nothing else does"
+            )
+        if "array" not in kinds:
+            if op not in SCALAR_OPS:
+                raise self.fail(f"calls xp.{op} on the scalar {shown}: use **, * and + for scalars")
+        elif op == "div" and kinds[1] == "scalar":
+            raise self.fail(
+                f"divides the array {args[0]!r} by the scalar {args[1]!r}: multiply by the "
+                "reciprocal, x * (1 / s), which rounds the same everywhere"
+            )
+        elif op == "pow":
+            raise self.fail(f"computes {args[0]!r} ** {args[1]!r}: use x * x or xp.sqrt(x)")
+
+    def note_frames(self) -> None:
+        """Keep the frames of the rule's own functions: their local names become ours."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            if frame.f_locals.get("self") is self.twin:
+                self.frames[id(frame)] = frame
+            frame = frame.f_back
+
+    def name_lines(self, outputs: dict[str, Symbol]) -> list[Symbol]:
+        """Name what the outputs need; the rest is left out."""
+        needed: set[int] = set()
+        stack = list(outputs.values())
+        while stack:
+            symbol = stack.pop()
+            if id(symbol) not in needed:
+                needed.add(id(symbol))
+                stack += [arg for arg in symbol.args if isinstance(arg, Symbol)]
+        lines = [symbol for symbol in self.recorded.values() if id(symbol) in needed]
+        taken = {"t", "param", "grad", *self.twin.slots, *type(self.rule).hyperparameters()}
+
+        def give(symbol: Symbol, name: str) -> None:
+            if symbol.op and not symbol.name:
+                others = (f"{name}_new{count or ''}" for count in itertools.count())
+                symbol.name = next(n for n in itertools.chain([name], others) if n not in taken)
+                taken.add(symbol.name)
+
+        for frame in reversed(self.frames.values()):  # the innermost is noted first
+            for name, value in frame.f_locals.items():
+                if isinstance(value, Symbol) and id(value) in needed:
+                    give(value, name.lstrip("_") or "x")
+        self.frames.clear()
+        for name, value in outputs.items():
+            give(value, name)
+        for letter in "sx":
+            unnamed = (s for s in lines if not s.name and (s.kind == "scalar") == (letter == "s"))
+            for count, symbol in enumerate(unnamed, 1):
+                give(symbol, f"{letter}{count}")
+        return lines
+
+
+class _Functions:
+    """The namespace that a traced update sees: the protocol's functions and nothing else."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        self._tracer = tracer
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in FUNCTIONS:
+            raise self._tracer.fail(
+                f"uses xp.{name}, which is not in the array protocol: it has {', '.join(FUNCTIONS)}"
+            )
+        return lambda *args: self._tracer.record(name, *args)
+
+
+class Symbol:
+    """A stand-in for a scalar or an array, which records what is done with it.
+
+    Every operator is `_Tracer.record` of one operation; everything else is refused.
+    """
+
+    __slots__ = ("args", "is_zero", "kind", "name", "op", "tracer")
+    __hash__ = object.__hash__
+
+    def __init__(
+        self,
+        tracer: _Tracer,
+        kind: Kind,
+        op: str = "",
+        args: tuple[Any, ...] = (),
+        *,
+        name: str = "",
+        is_zero: bool | None = None,
+    ) -> None:
+        self.tracer, self.kind, self.op, self.args = tracer, kind, op, args
+        self.name, self.is_zero = name, is_zero
+
+    def instruction(self) -> Instruction:
+        """What this symbol recorded, by the names given at the end."""
+        args = tuple(arg.name if isinstance(arg, Symbol) else arg for arg in self.args)
+        return Instruction(self.name, self.op, args)
+
+    def __repr__(self) -> str:
+        return self.name or f"{self.op}({', '.join(map(repr, self.args))})"
+
+    def __add__(self, other: Any) -> Symbol:
+        return self.tracer.record("add", self, other)
+
+    def __radd__(self, other: Any) -> Symbol:
+        return self.tracer.record("add", other, self)
+
+    def __sub__(self, other: Any) -> Symbol:
+        return self.tracer.record("sub", self, other)
+
+    def __rsub__(self, other: Any) -> Symbol:
+        return self.tracer.record("sub", other, self)
+
+    def __mul__(self, other: Any) -> Symbol:
+        return self.tracer.record("mul", self, other)
+
+    def __rmul__(self, other: Any) -> Symbol:
+        return self.tracer.record("mul", other, self)
+
+    def __truediv__(self, other: Any) -> Symbol:
+        return self.tracer.record("div", self, other)
+
+    def __rtruediv__(self, other: Any) -> Symbol:
+        return self.tracer.record("div", other, self)
+
+    def __pow__(self, other: Any) -> Symbol:
+        return self.tracer.record("pow", self, other)
+
+    def __rpow__(self, other: Any) -> Symbol:
+        return self.tracer.record("pow", other, self)
+
+    def __neg__(self) -> Symbol:
+        return self.tracer.record("neg", self)
+
+    def __abs__(self) -> Symbol:
+        return self.tracer.record("abs", self)
+
+    def __lt__(self, other: Any) -> Symbol:
+        return self.tracer.record("less", self, other)
+
+    def __gt__(self, other: Any) -> Symbol:
+        return self.tracer.record("less", other, self)
+
+    def __bool__(self) -> bool:
+        if self.is_zero is not None:
+            return not self.is_zero
+        raise self.tracer.fail(
+            f"branches on the value of {self!r}: for arrays use xp.where, for scalars multiply by "
+            "a comparison (only a hyperparameter may be asked whether it is zero)"
+        )
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> NoReturn:
+        raise self.tracer.fail(f"calls numpy.{ufunc.__name__}: use the namespace xp")
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> NoReturn:
+        raise self.tracer.fail(f"calls numpy.{func.__name__}: use the namespace xp")
+
+    def __getattr__(self, name: str) -> Any:
+        raise self.tracer.fail(f"uses .{name} of {self!r}, which is not in the array protocol")
+
+
+def _refuse(names: str, what: str) -> None:
+    """Give `Symbol` special methods that say what an update may not do."""
+    for name in names.split():
+
+        def method(self: Symbol, *args: Any, name: str = name) -> NoReturn:
+            raise self.tracer.fail(what.format(name=name, symbol=self))
+
+        setattr(Symbol, f"__{name}__", method)
+
+
+_refuse(
+    "iadd isub imul itruediv ifloordiv imod ipow imatmul setitem",
+    "changes {symbol!r} in place ({name}): make a new array, x = x + y",
+)
+_refuse(
+    "floordiv rfloordiv mod rmod matmul rmatmul and rand or ror xor rxor invert getitem",
+    "uses {name} on {symbol!r}, which is not in the array protocol",
+)
+_refuse("eq ne le ge", "compares {symbol!r} by {name}: use < or >")
+_refuse(
+    "float int index complex round len iter contains array",
+    "asks for the {name} of {symbol!r}, whose value is not known while tracing",
+)

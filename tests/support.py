@@ -1,0 +1,53 @@
+"""What tests share: seeded inputs, and the one comparison with its one table of tolerances."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# Largest difference allowed, relative to how far the expected values moved or reach.
+TOLERANCE = {
+    "same": 0.0,  # bit for bit
+    "float64": 1e-11,  # two orders of the same float64 arithmetic
+    "float32": 1e-5,  # two float32 forms of one formula over some steps
+    "float16": 2e-2,
+    "bfloat16": 1e-1,
+}
+
+
+def gradients(shape, steps, seed=0, dtype=np.float32):
+    """Gradients of random sign, magnitudes from 1e-9 to 10, with zeros and a subnormal."""
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        grad = rng.standard_normal(shape) * 10.0 ** rng.uniform(-9, 1, shape)
+        flat = np.atleast_1d(grad).reshape(-1)
+        flat[::7] = 0.0
+        flat[1:2] = 1e-40
+        yield flat.reshape(shape).astype(np.float32).astype(dtype)
+
+
+def weights(shape, seed=1, dtype=np.float32):
+    """Starting weights, half of them small."""
+    rng = np.random.default_rng(seed)
+    scale = np.where(rng.random(shape) < 0.5, 1.0, 1e-3)
+    return np.asarray(rng.standard_normal(shape) * scale).astype(np.float32).astype(dtype)
+
+
+def assert_agree(actual, expected, kind, *, start=None, what="values"):
+    """Raise unless ``actual`` is within ``TOLERANCE[kind]`` of ``expected``.
+
+    The difference is the largest one, relative to the largest movement of ``expected`` from
+    ``start`` (its largest magnitude, without one). NaN and Inf must stand in the same places.
+    """
+    actual, expected = (np.asarray(x).astype(np.float64) for x in (actual, expected))
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{what}: shape {actual.shape} is not {expected.shape}")
+    finite = np.isfinite(expected)
+    if not np.array_equal(actual[~finite], expected[~finite], equal_nan=True):
+        raise AssertionError(f"{what}: NaN or Inf in other places")
+    difference = np.max(np.abs(actual - expected)[finite], initial=0.0)
+    moved = expected if start is None else expected - np.asarray(start, np.float64)
+    scale = np.max(np.abs(moved)[finite], initial=0.0)
+    if not difference <= TOLERANCE[kind] * scale:
+        raise AssertionError(
+            f"{what}: difference {difference:.3g} is more than {TOLERANCE[kind]:g} of {scale:.3g}"
+        )
