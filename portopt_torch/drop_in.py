@@ -1,0 +1,192 @@
+"""The optimizers of ``torch.optim``, by the same names, with the same arguments and state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from portopt import rules
+from portopt_torch.optimizer import Optimizer
+
+Fields = tuple[type[rules.Rule], dict[str, Any]]
+
+
+class SGD(Optimizer):
+    """``torch.optim.SGD``: the rule `portopt.rules.Momentum`, or `portopt.rules.SGD` without one.
+
+    Arguments, groups and ``state_dict`` are those of ``torch.optim.SGD``. ``foreach`` changes
+    nothing here; ``fused=True`` is refused.
+    """
+
+    keeps_step = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    @classmethod
+    def rule_of(cls, group: Mapping[str, Any]) -> Fields:
+        fields = _same(group, "lr", "weight_decay", "maximize")
+        if group["momentum"] == 0 and not group["nesterov"]:
+            return rules.SGD, fields
+        return rules.Momentum, fields | _same(group, "momentum", "dampening", "nesterov")
+
+
+class RMSprop(Optimizer):
+    """``torch.optim.RMSprop``: the rule `portopt.rules.RMSprop` as it stands.
+
+    Arguments, groups and ``state_dict`` are those of ``torch.optim.RMSprop``. ``foreach`` changes
+    nothing here.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "alpha": alpha,
+            "eps": eps,
+            "centered": centered,
+            "weight_decay": weight_decay,
+            "capturable": capturable,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults)
+
+    @classmethod
+    def rule_of(cls, group: Mapping[str, Any]) -> Fields:
+        names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
+        return rules.RMSprop, _same(group, *names)
+
+
+class Adam(Optimizer):
+    """``torch.optim.Adam``: the rule `portopt.rules.Adam` as it stands.
+
+    Arguments, groups and ``state_dict`` are those of ``torch.optim.Adam``. ``foreach`` changes
+    nothing here; ``fused=True`` is refused.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    @classmethod
+    def rule_of(cls, group: Mapping[str, Any]) -> Fields:
+        beta1, beta2 = group["betas"]
+        decay = {"decoupled": group["decoupled_weight_decay"]}
+        same = _same(group, "lr", "eps", "weight_decay", "amsgrad", "maximize")
+        return rules.Adam, {**same, **decay, "beta1": beta1, "beta2": beta2}
+
+
+class AdamW(Adam):
+    """``torch.optim.AdamW``: the rule `portopt.rules.Adam`, decoupled.
+
+    Arguments, groups and ``state_dict`` are those of ``torch.optim.AdamW``. ``foreach`` changes
+    nothing here; ``fused=True`` is refused.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Decay stays decoupled, also when the state was Adam's."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True
+
+
+def _same(group: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: group[name] for name in names}

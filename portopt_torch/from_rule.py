@@ -1,0 +1,77 @@
+"""`from_rule`: the generic way from a rule to a ``torch.optim.Optimizer`` class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from functools import cache
+from typing import Any
+
+from portopt.rules import Rule
+from portopt_torch.optimizer import Optimizer
+
+
+@cache
+def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
+    """A ``torch.optim.Optimizer`` subclass that updates by ``rule``.
+
+    Args:
+        rule: A rule's class, or a rule, whose values become the defaults.
+
+    Returns:
+        The class, the same one for the same rule. It takes ``params``, then the rule's fields as
+        keywords; groups hold the fields under their own names, and ``state_dict`` has, for each
+        parameter, "step" and the slots.
+
+    Raises:
+        TypeError: ``rule`` is no rule.
+
+    Example:
+        >>> import torch
+        >>> from portopt import rules
+        >>> KerasRMSprop = from_rule(rules.RMSprop(eps_form="inside", buffer="velocity"))
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = KerasRMSprop([weight], lr=0.1, alpha=0.75, eps=0.0)
+        >>> weight.grad = torch.tensor([2.0, -2.0])
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.8000, 1.2000])
+    """
+    rule_class = rule if isinstance(rule, type) else type(rule)
+    if not issubclass(rule_class, Rule):
+        raise TypeError(f"rule must be a portopt.Rule or a subclass of it, got {rule!r}")
+    preset = {} if isinstance(rule, type) else vars(rule)
+
+    class FromRule(Optimizer):
+        __doc__ = f"`{rule_class.__name__}` as a ``torch.optim.Optimizer``.\n\n{rule_class.__doc__}"
+
+        def __init__(self, params: Any, **hyperparameters: Any) -> None:
+            names = [field.name for field in fields(rule_class)]
+            unknown = [name for name in hyperparameters if name not in names]
+            if unknown:
+                raise TypeError(
+                    f"unknown hyperparameter {unknown[0]!r}: {rule_class.__name__} has "
+                    f"{', '.join(names)}"
+                )
+            defaults = {
+                field.name: field.default
+                for field in fields(rule_class)
+                if field.default is not MISSING
+            }
+            super().__init__(params, {**defaults, **preset, **hyperparameters})
+
+        @classmethod
+        def rule_of(cls, group: Mapping[str, Any]) -> tuple[type[Rule], dict[str, Any]]:
+            names = [field.name for field in fields(rule_class)]
+            return rule_class, {name: group[name] for name in names if name in group}
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _unpickled, (rule,), self.__getstate__()
+
+    FromRule.__name__ = FromRule.__qualname__ = rule_class.__name__
+    return FromRule
+
+
+def _unpickled(rule: Rule | type[Rule]) -> Optimizer:
+    cls = from_rule(rule)
+    return cls.__new__(cls)

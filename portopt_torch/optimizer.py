@@ -1,0 +1,228 @@
+"""`Optimizer`: any rule as a ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from array_api_compat import torch as xp
+from torch import Tensor
+
+from portopt.arrays import compute_dtype
+from portopt.program import Program
+from portopt.rules import HyperparameterError, Rule
+from portopt.trace import trace
+
+NATIVE_WORDS = {
+    "lr": "Invalid learning rate",
+    "eps": "Invalid epsilon value",
+    "alpha": "Invalid alpha value",
+    "beta1": "Invalid beta parameter at index 0",
+    "beta2": "Invalid beta parameter at index 1",
+    "momentum": "Invalid momentum value",
+    "weight_decay": "Invalid weight_decay value",
+    "nesterov": "Nesterov momentum requires a momentum and zero dampening",
+}
+"""How the optimizers of ``torch.optim`` begin their errors about a hyperparameter."""
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base of the adapters: PyTorch's parameters, gradients and state, and a rule's arithmetic.
+
+    A subclass says by `rule_of` which rule a parameter group means.
+
+    Args:
+        params: Tensors, named tensors or groups, as for every ``torch.optim.Optimizer``.
+        defaults: What a group holds if it does not say otherwise.
+
+    Raises:
+        ValueError, TypeError: a hyperparameter is not allowed, in the native's leading words.
+        RuntimeError: ``fused=True``: this version has no fused kernel.
+    """
+
+    keeps_step: ClassVar[bool] = True
+    """Whether ``state`` counts the steps, under "step" in a 0-d float tensor."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._check(defaults)
+        super().__init__(params, defaults)
+
+    @classmethod
+    def rule_of(cls, group: Mapping[str, Any]) -> tuple[type[Rule], dict[str, Any]]:
+        """The rule that a parameter group means: its class, and the fields that it sets."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as ``torch.optim.Optimizer`` does; its hyperparameters are checked first."""
+        if isinstance(param_group, dict):
+            self._check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; the gradient is left as it is.
+
+        Args:
+            closure: Evaluates the model again and returns the loss, which is returned.
+
+        Raises:
+            RuntimeError: a gradient is sparse; nothing is changed then.
+            TypeError: a parameter with a gradient has a dtype other than float16, bfloat16,
+                float32, float64 and their complex kin; nothing is changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            for group, params in [(g, self._with_gradient(g)) for g in self.param_groups]:
+                cls, values = self.rule_of(group)
+                rule = cls.unchecked(**values)
+                program = trace(rule)
+                for param in params:
+                    self._update(group, rule, program, param)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class or of its native twin; tensors keep the dtype they have there.
+
+        Raises:
+            ValueError: it does not fit: other groups, a slot missing, a shape that is not the
+                parameter's, a hyperparameter that is not allowed; nothing is changed then.
+        """
+        # As hooks, these see the state as the user's own hooks leave it, and before it is used.
+        final: dict[str, Any] = {}
+
+        def check(_: object, state_dict: dict[str, Any]) -> None:
+            self._check_state(state_dict)
+            final.update(state_dict)
+
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(
+            lambda _: self._restore_dtypes(final), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill in what the states of older versions lack."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            for param in group["params"]:
+                step = self.state.get(param, {}).get("step")
+                if step is not None and not torch.is_tensor(step):
+                    self.state[param]["step"] = _zero_steps(group, param).fill_(float(step))
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        if group.get("fused"):
+            raise RuntimeError("`fused=True` is not possible: this version has no fused kernel")
+        cls, values = self.rule_of(group)
+        for name, value in values.items():
+            if torch.is_tensor(value) and value.numel() != 1:
+                raise ValueError(f"Tensor {name} must be 1-element, got shape {value.shape}")
+        try:
+            cls(**{name: _host(value) for name, value in values.items()})
+        except HyperparameterError as error:
+            if error.name not in NATIVE_WORDS:
+                raise
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            words = f"{NATIVE_WORDS[error.name]}: {error.value}"
+            raise kind(f"{words} ({error.name} must be {error.allowed})") from error
+
+    def _with_gradient(self, group: Mapping[str, Any]) -> list[Tensor]:
+        params = [param for param in group["params"] if param.grad is not None]
+        for param in params:
+            if param.grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            _compute_dtype(param.dtype)
+        return params
+
+    def _update(self, group: dict[str, Any], rule: Rule, program: Program, param: Tensor) -> None:
+        state = self.state[param] if program.slots or self.keeps_step else {}
+        t = self._count(group, state, param)
+        for slot in program.slots:
+            if state.get(slot) is None:
+                state[slot] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        stored = {"param": param, "grad": param.grad, **{s: state[s] for s in program.slots}}
+        stored = {k: torch.view_as_real(v) if v.is_complex() else v for k, v in stored.items()}
+        dtype = _compute_dtype(param.dtype)
+        arrays = {key: tensor.to(dtype) for key, tensor in stored.items()}
+        new = program.run(xp, _scalars(program, rule, t, dtype), arrays)
+        for key, value in new.items():
+            stored[key].copy_(value)
+
+    def _count(self, group: Mapping[str, Any], state: dict[str, Any], param: Tensor) -> Any:
+        """The number of this step; a 0-d tensor where it must stay on the device."""
+        if not self.keeps_step:
+            return 2 if state else 1  # what a rule without a count may ask: is it the first?
+        if "step" not in state:
+            state["step"] = _zero_steps(group, param)
+        state["step"] += 1
+        return state["step"] if group.get("capturable") else int(state["step"].item())
+
+    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
+        groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            return  # the base class has its own words for it
+        for ours, theirs in zip(self.param_groups, groups, strict=True):
+            group = {**self.defaults, **theirs, "fused": None}  # it changes nothing but the speed
+            self._check(group)
+            cls, values = self.rule_of(group)
+            slots = cls.unchecked(**values).slots
+            for key, param in zip(theirs["params"], ours["params"], strict=True):
+                state = state_dict["state"].get(key)
+                if state:
+                    _check_slots(key, state, slots, param)
+                    if self.keeps_step and "step" not in state:
+                        raise ValueError(f"loaded state of parameter {key} has no 'step'")
+
+    def _restore_dtypes(self, state_dict: Mapping[str, Any]) -> None:
+        """Undo the base class's cast of every state tensor to its parameter's dtype."""
+        for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for key, param in zip(theirs["params"], ours["params"], strict=True):
+                for name, value in state_dict["state"].get(key, {}).items():
+                    if torch.is_tensor(value) and value.dtype != self.state[param][name].dtype:
+                        self.state[param][name] = value.detach().to(param.device, copy=True)
+
+
+def _scalars(program: Program, rule: Rule, t: Any, dtype: torch.dtype) -> dict[str, Any]:
+    values = vars(rule)
+    if not torch.is_tensor(t):
+        return program.scalars({name: _host(value) for name, value in values.items()}, t)
+    scalars = program.scalars(values, t.double(), number=Tensor.double)
+    return {name: s.to(dtype) if torch.is_tensor(s) else s for name, s in scalars.items()}
+
+
+def _host(value: Any) -> Any:
+    return value.item() if torch.is_tensor(value) else value
+
+
+@cache
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    name = str(dtype.to_real() if dtype.is_complex else dtype).removeprefix("torch.")
+    computed: torch.dtype = getattr(torch, compute_dtype(name))
+    return computed
+
+
+def _zero_steps(group: Mapping[str, Any], param: Tensor) -> Tensor:
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.zeros((), dtype=dtype, device=param.device if group.get("capturable") else "cpu")
+
+
+def _check_slots(key: Any, state: Mapping[str, Any], slots: tuple[str, ...], param: Tensor) -> None:
+    for slot in slots:
+        if not torch.is_tensor(state.get(slot)):
+            raise ValueError(
+                f"loaded state of parameter {key} has no tensor {slot!r}: it has {list(state)}"
+            )
+        if state[slot].shape != param.shape:
+            raise ValueError(
+                f"loaded {slot!r} of parameter {key} must have shape {tuple(param.shape)}, got "
+                f"{tuple(state[slot].shape)}"
+            )
