@@ -1,0 +1,81 @@
+"""`from_rule`: the generic way from a rule to a ``keras.optimizers.Optimizer`` class."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import keras
+
+from portopt.rules import Rule
+from portopt_tf.optimizer import Optimizer
+
+SHARED = ("lr", "weight_decay")  # arguments of every Keras optimizer, under names of its own
+
+
+@cache
+def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
+    """A ``keras.optimizers.Optimizer`` subclass that updates by ``rule``.
+
+    Args:
+        rule: A rule's class, or a rule, whose values become the defaults.
+
+    Returns:
+        The class, the same one for the same rule, registered with Keras as
+        ``portopt.rules>{name of the rule}``. It takes ``learning_rate``, the other fields of the
+        rule, and what every Keras optimizer takes, all by keyword.
+
+    Raises:
+        TypeError: ``rule`` is no rule.
+
+    Example:
+        >>> import keras
+        >>> from portopt import rules
+        >>> TorchRMSprop = from_rule(rules.RMSprop(lr=0.01, eps_form="outside"))
+        >>> variable = keras.Variable([1.0, 1.0])
+        >>> TorchRMSprop(alpha=0.75, eps=0.0).apply([keras.ops.array([2.0, -2.0])], [variable])
+        >>> print(variable.numpy())
+        [0.98 1.02]
+    """
+    rule_class = rule if isinstance(rule, type) else type(rule)
+    if not issubclass(rule_class, Rule):
+        raise TypeError(f"rule must be a portopt.Rule or a subclass of it, got {rule!r}")
+    preset = {} if isinstance(rule, type) else vars(rule)
+    defaults = {
+        field.name: preset.get(field.name, field.default)
+        for field in dataclasses.fields(rule_class)
+        if field.name in preset or field.default is not dataclasses.MISSING
+    }
+    own = [field.name for field in dataclasses.fields(rule_class) if field.name not in SHARED]
+
+    class FromRule(Optimizer):
+        __doc__ = f"`{rule_class.__name__}` as a Keras optimizer.\n\n{rule_class.__doc__}"
+        fields = {name: name for name in own}
+        fixed = {}
+
+        def __init__(
+            self,
+            learning_rate: Any = defaults.get("lr"),
+            weight_decay: float | None = defaults["weight_decay"] or None,
+            **kwargs: Any,
+        ) -> None:
+            values = {**defaults, **kwargs}
+            missing = [name for name in own if name not in values]
+            if missing:
+                raise TypeError(f"missing argument {missing[0]!r}")
+            super().__init__(
+                learning_rate,
+                {name: values[name] for name in own},
+                weight_decay=weight_decay,
+                **{name: value for name, value in kwargs.items() if name not in own},
+            )
+
+        @property
+        def slot_names(self):  # the rule's own names
+            rule_class, values = self.rule_of()
+            return ({slot: slot for slot in rule_class.unchecked(**values).slots},)
+
+    FromRule.rule_class = rule_class
+    FromRule.__name__ = FromRule.__qualname__ = rule_class.__name__
+    return keras.saving.register_keras_serializable("portopt.rules", rule_class.__name__)(FromRule)
