@@ -1,0 +1,337 @@
+"""Parity: the distance of every rule from float64, beside that of its native twins.
+
+A native optimizer, run in float64, is the reference. The same optimizer in float32 strays from it
+by rounding; ours, on every backend, must not stray further. The distance of an array is the root
+mean square of its difference from the reference, relative to that of the reference's movement.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from portopt import worker
+from portopt.arrays import Namespace
+from portopt.optimizer import Optimizer
+from portopt.rules import SGD, Adam, AdamW, Momentum, RMSprop, Rule
+from portopt.trace import trace
+
+LIMIT = 1.1
+"""How much further than its native twin's the parameters may be from float64: room for noise."""
+
+SLOT_LIMIT = 1.5
+"""The same for slots. PyTorch's ``lerp`` contracts a multiplication and an addition, which rounds
+once where we round twice; without contraction no form of an average comes closer than ours."""
+
+STEPS = 20
+Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
+Twin: TypeAlias = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A rule with options, and the optimizers that are the same: class and arguments.
+
+    Attributes:
+        rule: The rule.
+        torch: Its twin in ``torch.optim``.
+        keras: Its twin in ``keras.optimizers``.
+    """
+
+    rule: Rule
+    torch: Twin | None = None
+    keras: Twin | None = None
+
+    @property
+    def options(self) -> str:
+        """The fields of the rule that are not at their defaults."""
+        rule = self.rule
+        changed = [f.name for f in fields(rule) if getattr(rule, f.name) != f.default]
+        return ", ".join(f"{name}={getattr(rule, name)}" for name in changed)
+
+
+CASES = (
+    Case(
+        SGD(lr=0.01),
+        torch=("SGD", {"lr": 0.01}),
+        keras=("SGD", {"learning_rate": 0.01}),
+    ),
+    Case(
+        SGD(weight_decay=0.1, maximize=True),
+        torch=("SGD", {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
+    ),
+    Case(SGD(weight_decay=0.1, decoupled=True), keras=("SGD", {"weight_decay": 0.1})),
+    Case(Momentum(), torch=("SGD", {"lr": 0.01, "momentum": 0.9})),
+    Case(
+        Momentum(nesterov=True, maximize=True),
+        torch=("SGD", {"lr": 0.01, "momentum": 0.9, "nesterov": True, "maximize": True}),
+    ),
+    Case(
+        Momentum(dampening=0.3, weight_decay=0.1),
+        torch=("SGD", {"lr": 0.01, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    ),
+    Case(Momentum(buffer="velocity"), keras=("SGD", {"momentum": 0.9})),
+    Case(
+        Momentum(buffer="velocity", nesterov=True, weight_decay=0.1, decoupled=True),
+        keras=("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    ),
+    Case(RMSprop(), torch=("RMSprop", {})),
+    Case(
+        RMSprop(alpha=0.9, momentum=0.9, weight_decay=0.1, maximize=True),
+        torch=(
+            "RMSprop",
+            {"alpha": 0.9, "momentum": 0.9, "weight_decay": 0.1, "maximize": True},
+        ),
+    ),
+    Case(
+        RMSprop(momentum=0.9, centered=True),
+        torch=("RMSprop", {"momentum": 0.9, "centered": True}),
+    ),
+    Case(
+        RMSprop(alpha=0.9, eps=1e-7, eps_form="inside", buffer="velocity"),
+        keras=("RMSprop", {"learning_rate": 0.01}),
+    ),
+    Case(
+        RMSprop(
+            alpha=0.9,
+            eps=1e-7,
+            momentum=0.9,
+            centered=True,
+            eps_form="inside",
+            buffer="velocity",
+            weight_decay=0.1,
+            decoupled=True,
+        ),
+        keras=(
+            "RMSprop",
+            {"learning_rate": 0.01, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
+        ),
+    ),
+    Case(Adam(), torch=("Adam", {})),
+    Case(Adam(beta1=0.5, beta2=0.9), torch=("Adam", {"betas": (0.5, 0.9)})),
+    Case(
+        Adam(amsgrad=True, weight_decay=0.1, maximize=True),
+        torch=("Adam", {"amsgrad": True, "weight_decay": 0.1, "maximize": True}),
+    ),
+    Case(Adam(eps=1e-7, eps_form="hat"), keras=("Adam", {})),
+    Case(
+        Adam(eps=1e-7, eps_form="hat", amsgrad=True, weight_decay=0.1, decoupled=True),
+        keras=("Adam", {"amsgrad": True, "weight_decay": 0.1}),
+    ),
+    Case(AdamW(), torch=("AdamW", {})),
+    Case(AdamW(amsgrad=True, maximize=True), torch=("AdamW", {"amsgrad": True, "maximize": True})),
+    Case(AdamW(weight_decay=0.004, eps=1e-7, eps_form="hat"), keras=("AdamW", {})),
+)
+"""Every rule with every option that a native optimizer has too."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a rule on a backend, beside a native twin.
+
+    Attributes:
+        rule: The rule's name.
+        options: Its fields that are not at their defaults.
+        backend: What ran it.
+        native: The twin.
+        ours: The distance of our parameters from float64.
+        theirs: The native's.
+        ratio: Ours over theirs, for the parameter where it is largest.
+        slot_ratio: The same for the slots; 1 where there are none.
+    """
+
+    rule: str
+    options: str
+    backend: str
+    native: str
+    ours: float
+    theirs: float
+    ratio: float
+    slot_ratio: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether both ratios are within their limits."""
+        return self.ratio <= LIMIT and self.slot_ratio <= SLOT_LIMIT
+
+
+def problem(dtype: str = "float32") -> tuple[Arrays, list[Arrays]]:
+    """Parameters and the gradients of each step, the same for every dtype.
+
+    Parameters start at ordinary size, small, and at zero, where the rounding of the weights does
+    not cover that of the update. Gradients have random signs, magnitudes from 1e-9 to 10, zeros.
+    """
+    rng = np.random.default_rng(0)
+    size = 4096
+    start = {"ordinary": 1.0, "small": 1e-3, "zero": 0.0}
+    params = {name: rng.standard_normal(size) * scale for name, scale in start.items()}
+
+    def gradient() -> npt.NDArray[Any]:
+        grad = rng.standard_normal(size) * 10.0 ** rng.uniform(-9, 1, size)
+        return np.where(rng.random(size) < 0.05, 0.0, grad)
+
+    def exact(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return array.astype(np.float32).astype(dtype)
+
+    grads = [{name: exact(gradient()) for name in params} for _ in range(STEPS)]
+    return {name: exact(param) for name, param in params.items()}, grads
+
+
+def on_numpy(rule: Rule, dtype: str = "float32") -> Arrays:
+    """The parameters and slots after `problem`, through `portopt.Optimizer`."""
+    params, grads = problem(dtype)
+    optimizer = Optimizer(rule, params)
+    for grad in grads:
+        optimizer.step(grad)
+    slots = {
+        f"{slot} of {name}": optimizer.state[name][slot]
+        for name in params
+        for slot in trace(rule).slots
+    }
+    return params | slots
+
+
+def on_jax(rule: Rule) -> Arrays:
+    """The same through JAX, compiled, as a user's own loop would."""
+    import jax
+
+    params, grads = problem()
+    program = trace(rule)
+
+    @jax.jit
+    def step(scalars: Any, param: Any, grad: Any, slots: Any) -> Any:
+        return program.run(
+            cast(Namespace, jax.numpy), scalars, {"param": param, "grad": grad, **slots}
+        )
+
+    results: Arrays = {}
+    for name, param in params.items():
+        arrays = {"param": param, **{slot: np.zeros_like(param) for slot in program.slots}}
+        for t, grad in enumerate(grads, 1):
+            slots = {slot: arrays[slot] for slot in program.slots}
+            arrays = step(program.scalars(vars(rule), t), arrays["param"], grad[name], slots)
+        results[name] = np.asarray(arrays["param"])
+        results |= {f"{slot} of {name}": np.asarray(arrays[slot]) for slot in program.slots}
+    return results
+
+
+def twin_name(framework: str, twin: Twin) -> str:
+    """How a native optimizer is called in the table: its name and arguments."""
+    module = {"torch": "torch.optim", "keras": "keras.optimizers"}[framework]
+    arguments = ", ".join(f"{name}={value}" for name, value in twin[1].items())
+    return f"{module}.{twin[0]}({arguments})"
+
+
+def answer(
+    framework: str,
+    native: Callable[[Twin, str], Arrays],
+    ours: Callable[[Rule], Arrays],
+    path: str,
+) -> None:
+    """The child's part: run all cases in one framework and save the results.
+
+    Args:
+        framework: "torch" or "keras".
+        native: Runs a native optimizer in a dtype.
+        ours: Runs a rule in float32.
+        path: The file to write.
+    """
+    results: dict[str, npt.NDArray[Any]] = {}
+    for case in CASES:
+        runs = {f"ours {case.rule}": ours(case.rule)}
+        twin = getattr(case, framework)
+        if twin is not None:
+            for dtype in ("float32", "float64"):
+                runs[f"{dtype} {twin_name(framework, twin)}"] = native(twin, dtype)
+        for run, arrays in runs.items():
+            results |= {f"{run}|{name}": array for name, array in arrays.items()}
+        worker.emit(done=str(case.rule))
+    np.savez(path, **results)  # type: ignore[arg-type]
+
+
+def ask(framework: str, progress: Callable[[str], None]) -> dict[str, Arrays]:
+    """All results of one framework, from a child process: arrays by run and name.
+
+    Raises:
+        WorkerError: the child failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "results.npz")
+        for event in worker.events(f"{worker.FRAMEWORKS[framework]}.parity", {"path": path}):
+            progress(event["done"])
+        results: dict[str, Arrays] = {}
+        with np.load(path) as saved:
+            for key in saved.files:
+                run, name = key.split("|")
+                results.setdefault(run, {})[name] = saved[key]
+    return results
+
+
+def distances(result: Arrays, reference: Arrays) -> dict[str, float]:
+    """The distance of each array from the reference; the reference says which there are."""
+    start = problem("float64")[0]
+
+    def rms(array: npt.NDArray[Any]) -> float:
+        return float(np.sqrt(np.mean(np.square(array))))
+
+    return {
+        name: rms(result[name].astype(np.float64) - expected)
+        / rms(expected - start.get(name, np.float64(0)))
+        for name, expected in reference.items()
+    }
+
+
+def rows(
+    cases: Sequence[Case],
+    natives: Mapping[str, Mapping[str, Arrays]],
+    backends: Mapping[str, Callable[[Rule], Arrays]],
+) -> Iterator[Row]:
+    """Judge every case on every backend against every native twin that there are results of.
+
+    Args:
+        cases: The rules with their twins.
+        natives: For each framework, what `ask` returned.
+        backends: By name, a function that runs a rule on `problem`.
+    """
+    start = problem()[0]
+    for case in cases:
+        results = {name: run(case.rule) for name, run in backends.items()}
+        for framework, runs in natives.items():
+            twin = getattr(case, framework)
+            if twin is None:
+                continue
+            name = twin_name(framework, twin)
+            reference = runs[f"float64 {name}"]
+            theirs = distances(runs[f"float32 {name}"], reference)
+            for backend, result in results.items():
+                ours = distances(result, reference)
+                ratios = {array: _ratio(ours[array], theirs[array]) for array in reference}
+                worst = max(start, key=lambda array: ratios[array])
+                yield Row(
+                    rule=type(case.rule).__name__,
+                    options=case.options,
+                    backend=backend,
+                    native=name,
+                    ours=ours[worst],
+                    theirs=theirs[worst],
+                    ratio=ratios.pop(worst),
+                    slot_ratio=max((r for a, r in ratios.items() if " of " in a), default=1.0),
+                )
+
+
+def _ratio(ours: float, theirs: float) -> float:
+    if ours == theirs:
+        return 1.0
+    return ours / theirs if theirs and math.isfinite(ours) else math.inf
+
+
+def as_json(table: Sequence[Row]) -> list[dict[str, Any]]:
+    """The table for machines."""
+    return [asdict(row) | {"passed": row.passed} for row in table]

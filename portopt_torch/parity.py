@@ -1,0 +1,45 @@
+"""The part of ``portopt parity`` that runs in PyTorch: ``python -m portopt_torch.parity SPEC``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from portopt.parity import Arrays, Twin, answer, problem
+from portopt.rules import Rule
+from portopt_torch.from_rule import from_rule
+
+
+def run(optimizer_class: type[torch.optim.Optimizer], arguments: Any, dtype: str) -> Arrays:
+    """The parameters and slots after `portopt.parity.problem`."""
+    start, grads = problem(dtype)
+    params = {name: torch.nn.Parameter(torch.from_numpy(array)) for name, array in start.items()}
+    optimizer = optimizer_class(params.values(), **arguments)
+    for grad in grads:
+        for name, param in params.items():
+            param.grad = torch.from_numpy(grad[name])
+        optimizer.step()
+    slots = {
+        f"{slot} of {name}": value.numpy()
+        for name, param in params.items()
+        for slot, value in optimizer.state[param].items()
+        if slot != "step"
+    }
+    return {name: param.detach().numpy() for name, param in params.items()} | slots
+
+
+def native(twin: Twin, dtype: str) -> Arrays:
+    """A run of the native optimizer."""
+    return run(getattr(torch.optim, twin[0]), twin[1], dtype)
+
+
+def ours(rule: Rule) -> Arrays:
+    """A run of the rule."""
+    return run(from_rule(rule), {}, "float32")
+
+
+if __name__ == "__main__":
+    answer("torch", native, ours, json.loads(sys.argv[1])["path"])
