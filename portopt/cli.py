@@ -104,20 +104,21 @@ def _demo(arguments: argparse.Namespace) -> int:
             for r in runs
         ],
     )
-    print()
-    _print_table(
-        ["largest difference of the loss", "against", "in steps", "is", "limit", ""],
-        [
+    if found:
+        print()
+        _print_table(
+            ["largest difference of the loss", "against", "in steps", "is", "limit", ""],
             [
-                *map(": ".join, d.between),
-                f"1-{d.steps}",
-                f"{d.largest:.1e}",
-                f"{d.limit:.0e}",
-                _word(d),
-            ]
-            for d in found
-        ],
-    )
+                [
+                    *map(": ".join, d.between),
+                    f"1-{d.steps}",
+                    f"{d.largest:.1e}",
+                    f"{d.limit:.0e}",
+                    _word(d),
+                ]
+                for d in found
+            ],
+        )
     try:
         from portopt import plots
 
@@ -130,7 +131,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         "runs": [asdict(run) for run in runs],
         "differences": [asdict(d) | {"passed": d.passed} for d in found],
     }
-    return _finish(results, arguments.json, all(d.passed for d in found))
+    return _finish(results, arguments.json, [d.passed for d in found])
 
 
 def _parity(arguments: argparse.Namespace) -> int:
@@ -187,7 +188,7 @@ def _parity(arguments: argparse.Namespace) -> int:
         "\nours, native's: distance from float64, relative to the movement; ratio: at most "
         f"{parity.LIMIT}; slots: the same ratio for the slots, at most {parity.SLOT_LIMIT}"
     )
-    return _finish(parity.as_json(table), arguments.json, all(row.passed for row in table))
+    return _finish(parity.as_json(table), arguments.json, [row.passed for row in table])
 
 
 def _status(text: str, last: bool = False) -> None:
@@ -209,8 +210,13 @@ def _print_table(head: list[str], lines: list[list[str]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def _finish(results: Any, path: Path | None, passed: bool) -> int:
+def _finish(results: Any, path: Path | None, passed: list[bool]) -> int:
     if path is not None:
         path.write_text(json.dumps(results, indent=1) + "\n")
-    print("\nParity holds." if passed else "\nPARITY IS LOST: see the lines marked FAILED.")
-    return 0 if passed else 1
+    if not passed:
+        print("\nThere is nothing to compare with.")
+    elif all(passed):
+        print("\nParity holds.")
+    else:
+        print("\nPARITY IS LOST: see the lines marked FAILED.")
+    return 0 if all(passed) else 1

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portopt.arrays import STORAGE_DTYPES, Namespace, compute_dtype
+from portopt.program import Program
 from portopt.rules import Rule
 from portopt.trace import trace
 
@@ -31,7 +32,8 @@ class Optimizer:
         rule: The rule.
         param_groups: For each group its hyperparameters, free to change between steps, and under
             "params" its arrays by name.
-        state: For each parameter that has had a gradient, by name, its "step" (an int) and slots.
+        state: For each parameter that has had a gradient, by name, its "step" (an int) and the
+            slots that its rule has: one that a hyperparameter turns off is dropped.
 
     Raises:
         TypeError: a parameter is no array, or of another dtype; an unknown hyperparameter.
@@ -54,8 +56,8 @@ class Optimizer:
         self.rule = rule
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[Name, dict[str, Any]] = {}
-        groups: list[Any] = [] if isinstance(params, Mapping) else list(params)
-        if not (groups and isinstance(groups[0], Mapping)):
+        groups: Any = params
+        if not (isinstance(params, Sequence) and params and isinstance(params[0], Mapping)):
             groups = [{"params": params}]
         for group in groups:
             self.add_param_group(group)
@@ -102,29 +104,18 @@ class Optimizer:
 
         Raises:
             TypeError, ValueError: a gradient is missing, unknown, or of another shape or dtype, or
-                a group's hyperparameter is not allowed; nothing is changed then.
+                a group's hyperparameter is not allowed, or the rule cannot be traced; nothing is
+                changed then.
         """
         checked = self._checked_grads(grads)
         rules = [self._rule(_hyper(group)) for group in self.param_groups]
-        for rule, group in zip(rules, self.param_groups, strict=True):
+        programs = [trace(rule) for rule in rules]
+        for rule, program, group in zip(rules, programs, self.param_groups, strict=True):
             for name, param in group["params"].items():
                 if checked[name] is not None:
-                    self._update(rule, name, param, checked[name])
-
-    def _update(self, rule: Rule, name: Name, param: NDArray, grad: NDArray) -> None:
-        program = trace(rule)
-        state = self.state.setdefault(name, {"step": 0})
-        for slot in program.slots:
-            state.setdefault(slot, np.zeros_like(param))
-        stored = {"param": param, "grad": grad, **{slot: state[slot] for slot in program.slots}}
-        dtype = np.dtype(compute_dtype(param.dtype.name))
-        arrays = {key: array.astype(dtype, copy=False) for key, array in stored.items()}
-        scalars = program.scalars(vars(rule), state["step"] + 1)
-        with np.errstate(all="ignore"):  # NaN and Inf propagate, as in every framework
-            new = program.run(cast(Namespace, np), scalars, arrays)
-            for key, value in new.items():
-                stored[key][...] = value
-        state["step"] += 1
+                    state = _state(self.state.get(name, {}), rule, param)
+                    _update(program, rule, param, checked[name], state)
+                    self.state[name] = state
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that `load_state_dict` needs to go on from here.
@@ -133,7 +124,12 @@ class Optimizer:
             "state": for each parameter by name, its "step" and slots; "param_groups": for each
             group, its hyperparameters and under "params" the names of its parameters.
         """
-        state = {name: _copy(entries) for name, entries in self.state.items()}
+        state: dict[Name, dict[str, Any]] = {}
+        for group in self.param_groups:
+            rule = self._rule(_hyper(group))
+            for name, param in group["params"].items():
+                if name in self.state:
+                    state[name] = _copy(_state(self.state[name], rule, param))
         groups = [{**_hyper(group), "params": list(group["params"])} for group in self.param_groups]
         return {"state": state, "param_groups": groups}
 
@@ -146,6 +142,7 @@ class Optimizer:
             ValueError: it does not fit: other groups, names, slots or shapes; nothing is changed.
             TypeError: hyperparameters or slots of a wrong type; nothing is changed.
         """
+        self._check_form(state_dict)
         names = [list(group["params"]) for group in self.param_groups]
         saved = [list(group["params"]) for group in state_dict["param_groups"]]
         if names != saved:
@@ -157,9 +154,22 @@ class Optimizer:
             if name not in arrays:
                 raise ValueError(f"state[{name!r}] is of no parameter: there are {list(arrays)}")
             _check_state(name, entries, rule_of[name], arrays[name])
-        self.state = {name: _copy(entries) for name, entries in state_dict["state"].items()}
+        self.state = {
+            name: {**_copy(entries), "step": int(entries["step"])}
+            for name, entries in state_dict["state"].items()
+        }
         for group, rule in zip(self.param_groups, rules, strict=True):
             group.update(_values(rule))
+
+    def _check_form(self, state_dict: Any) -> None:
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+            got = list(state_dict) if isinstance(state_dict, Mapping) else state_dict
+            raise TypeError(f'state_dict must be a dict with "state" and "param_groups", got {got}')
+        for place, group in enumerate(state_dict["param_groups"]):
+            wanted = ["params", *_values(self.rule)]
+            if not isinstance(group, Mapping) or set(group) != set(wanted):
+                got = list(group) if isinstance(group, Mapping) else group
+                raise ValueError(f"param_groups[{place}] must have {wanted}, got {got}")
 
     def _arrays(self) -> dict[Name, NDArray]:
         return {k: array for group in self.param_groups for k, array in group["params"].items()}
@@ -194,6 +204,30 @@ class Optimizer:
         return named
 
 
+def _state(entries: Mapping[str, Any], rule: Rule, param: NDArray) -> dict[str, Any]:
+    """A parameter's state with just the slots that the rule has now; a new one is zero."""
+    slots = {
+        slot: entries[slot] if slot in entries else np.zeros_like(param, subok=False)
+        for slot in rule.slots
+    }
+    return {"step": entries.get("step", 0), **slots}
+
+
+def _update(
+    program: Program, rule: Rule, param: NDArray, grad: NDArray, state: dict[str, Any]
+) -> None:
+    stored = {"param": param, "grad": grad, **{slot: state[slot] for slot in program.slots}}
+    dtype = np.dtype(compute_dtype(param.dtype.name))
+    # Plain arrays: a subclass may mean something else by an operator, as np.matrix does by *.
+    arrays = {key: x.astype(dtype, copy=False, subok=False) for key, x in stored.items()}
+    scalars = program.scalars(vars(rule), state["step"] + 1)
+    with np.errstate(all="ignore"):  # NaN and Inf propagate, as in every framework
+        new = program.run(cast(Namespace, np), scalars, arrays)
+        for key, value in new.items():
+            stored[key][...] = value
+    state["step"] += 1
+
+
 def _values(rule: Rule) -> dict[str, Any]:
     return {field.name: getattr(rule, field.name) for field in fields(rule)}
 
@@ -217,12 +251,13 @@ def _check_param(name: Name, array: Any) -> None:
 
 
 def _check_state(name: Name, entries: Mapping[str, Any], rule: Rule, param: NDArray) -> None:
-    if set(entries) != {"step", *rule.slots}:
+    if not isinstance(entries, Mapping) or set(entries) != {"step", *rule.slots}:
+        got = list(entries) if isinstance(entries, Mapping) else entries
         raise ValueError(
-            f"state[{name!r}] must have step and the slots {list(rule.slots)}, got {list(entries)}"
+            f"state[{name!r}] must have step and the slots {list(rule.slots)}, got {got}"
         )
     step = entries["step"]
-    if not isinstance(step, int | np.integer) or step < 0:
+    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
         raise TypeError(f"state[{name!r}]['step'] must be an int of at least 0, got {step!r}")
     for slot in rule.slots:
         array = entries[slot]

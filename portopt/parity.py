@@ -57,77 +57,105 @@ class Case:
         return ", ".join(f"{name}={getattr(rule, name)}" for name in changed)
 
 
+LR = 2.0**-7  # Keras holds it in float32: the rounding of an input is not what is judged
+
+
+def _case(
+    rule: type[Rule], torch: Twin | None = None, keras: Twin | None = None, **options: Any
+) -> Case:
+    """A case at the learning rate `LR`; the twins are given without it."""
+    return Case(
+        rule(lr=LR, **options),
+        torch and (torch[0], {"lr": LR, **torch[1]}),
+        keras and (keras[0], {"learning_rate": LR, **keras[1]}),
+    )
+
+
+INSIDE: dict[str, Any] = {"eps": 1e-7, "eps_form": "inside", "buffer": "velocity"}
+HAT: dict[str, Any] = {"eps": 1e-7, "eps_form": "hat"}
 CASES = (
-    Case(
-        SGD(lr=0.01),
-        torch=("SGD", {"lr": 0.01}),
-        keras=("SGD", {"learning_rate": 0.01}),
+    _case(SGD, torch=("SGD", {}), keras=("SGD", {})),
+    _case(
+        SGD,
+        weight_decay=0.1,
+        maximize=True,
+        torch=("SGD", {"weight_decay": 0.1, "maximize": True}),
     ),
-    Case(
-        SGD(weight_decay=0.1, maximize=True),
-        torch=("SGD", {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
+    _case(SGD, weight_decay=0.1, decoupled=True, keras=("SGD", {"weight_decay": 0.1})),
+    _case(Momentum, torch=("SGD", {"momentum": 0.9})),
+    _case(
+        Momentum,
+        nesterov=True,
+        maximize=True,
+        torch=("SGD", {"momentum": 0.9, "nesterov": True, "maximize": True}),
     ),
-    Case(SGD(weight_decay=0.1, decoupled=True), keras=("SGD", {"weight_decay": 0.1})),
-    Case(Momentum(), torch=("SGD", {"lr": 0.01, "momentum": 0.9})),
-    Case(
-        Momentum(nesterov=True, maximize=True),
-        torch=("SGD", {"lr": 0.01, "momentum": 0.9, "nesterov": True, "maximize": True}),
+    _case(
+        Momentum,
+        dampening=0.3,
+        weight_decay=0.1,
+        torch=("SGD", {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
     ),
-    Case(
-        Momentum(dampening=0.3, weight_decay=0.1),
-        torch=("SGD", {"lr": 0.01, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
-    ),
-    Case(Momentum(buffer="velocity"), keras=("SGD", {"momentum": 0.9})),
-    Case(
-        Momentum(buffer="velocity", nesterov=True, weight_decay=0.1, decoupled=True),
+    _case(Momentum, buffer="velocity", keras=("SGD", {"momentum": 0.9})),
+    _case(
+        Momentum,
+        buffer="velocity",
+        nesterov=True,
+        weight_decay=0.1,
+        decoupled=True,
         keras=("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
     ),
-    Case(RMSprop(), torch=("RMSprop", {})),
-    Case(
-        RMSprop(alpha=0.9, momentum=0.9, weight_decay=0.1, maximize=True),
-        torch=(
-            "RMSprop",
-            {"alpha": 0.9, "momentum": 0.9, "weight_decay": 0.1, "maximize": True},
-        ),
+    _case(RMSprop, torch=("RMSprop", {})),
+    _case(
+        RMSprop,
+        alpha=0.9,
+        momentum=0.9,
+        weight_decay=0.1,
+        maximize=True,
+        torch=("RMSprop", {"alpha": 0.9, "momentum": 0.9, "weight_decay": 0.1, "maximize": True}),
     ),
-    Case(
-        RMSprop(momentum=0.9, centered=True),
+    _case(
+        RMSprop,
+        momentum=0.9,
+        centered=True,
         torch=("RMSprop", {"momentum": 0.9, "centered": True}),
     ),
-    Case(
-        RMSprop(alpha=0.9, eps=1e-7, eps_form="inside", buffer="velocity"),
-        keras=("RMSprop", {"learning_rate": 0.01}),
+    _case(RMSprop, alpha=0.9, **INSIDE, keras=("RMSprop", {})),
+    _case(
+        RMSprop,
+        alpha=0.9,
+        momentum=0.9,
+        centered=True,
+        weight_decay=0.1,
+        decoupled=True,
+        **INSIDE,
+        keras=("RMSprop", {"momentum": 0.9, "centered": True, "weight_decay": 0.1}),
     ),
-    Case(
-        RMSprop(
-            alpha=0.9,
-            eps=1e-7,
-            momentum=0.9,
-            centered=True,
-            eps_form="inside",
-            buffer="velocity",
-            weight_decay=0.1,
-            decoupled=True,
-        ),
-        keras=(
-            "RMSprop",
-            {"learning_rate": 0.01, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
-        ),
-    ),
-    Case(Adam(), torch=("Adam", {})),
-    Case(Adam(beta1=0.5, beta2=0.9), torch=("Adam", {"betas": (0.5, 0.9)})),
-    Case(
-        Adam(amsgrad=True, weight_decay=0.1, maximize=True),
+    _case(Adam, torch=("Adam", {})),
+    _case(Adam, beta1=0.5, beta2=0.9, torch=("Adam", {"betas": (0.5, 0.9)})),
+    _case(
+        Adam,
+        amsgrad=True,
+        weight_decay=0.1,
+        maximize=True,
         torch=("Adam", {"amsgrad": True, "weight_decay": 0.1, "maximize": True}),
     ),
-    Case(Adam(eps=1e-7, eps_form="hat"), keras=("Adam", {})),
-    Case(
-        Adam(eps=1e-7, eps_form="hat", amsgrad=True, weight_decay=0.1, decoupled=True),
+    _case(Adam, **HAT, keras=("Adam", {})),
+    _case(
+        Adam,
+        amsgrad=True,
+        weight_decay=0.1,
+        decoupled=True,
+        **HAT,
         keras=("Adam", {"amsgrad": True, "weight_decay": 0.1}),
     ),
-    Case(AdamW(), torch=("AdamW", {})),
-    Case(AdamW(amsgrad=True, maximize=True), torch=("AdamW", {"amsgrad": True, "maximize": True})),
-    Case(AdamW(weight_decay=0.004, eps=1e-7, eps_form="hat"), keras=("AdamW", {})),
+    _case(AdamW, torch=("AdamW", {})),
+    _case(
+        AdamW,
+        amsgrad=True,
+        maximize=True,
+        torch=("AdamW", {"amsgrad": True, "maximize": True}),
+    ),
+    _case(AdamW, weight_decay=0.004, **HAT, keras=("AdamW", {})),
 )
 """Every rule with every option that a native optimizer has too."""
 

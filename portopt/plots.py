@@ -56,7 +56,8 @@ def loss_curves(runs: list[Run], found: list[Difference], steps_per_epoch: int) 
         yscale="log",
         ylim=(5e-10, 1),
     )
-    right.legend(loc="upper right")
+    if found:
+        right.legend(loc="upper right")
     return figure
 
 

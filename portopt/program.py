@@ -133,7 +133,7 @@ class Program:
             arrays: ``param``, ``grad`` and each slot by name, of one shape and dtype.
 
         Returns:
-            The new arrays: ``param`` and each slot by name.
+            The new arrays, none of them one of ``arrays``: ``param`` and each slot by name.
         """
         env = {**scalars, **arrays}
         for (name, op, args), dead in zip(self.array_part, self._dead, strict=True):
@@ -163,7 +163,8 @@ class Program:
         kinds: dict[str, Kind] = dict.fromkeys(("t", *self.hyperparameters), "scalar")
         kinds |= dict.fromkeys(("param", "grad", *self.slots), "array")
         if len(kinds) != len(self.hyperparameters) + len(self.slots) + 3:
-            raise ProgramError(f"{self.rule}: a slot and a hyperparameter share a name: {kinds}")
+            names = (*self.hyperparameters, *self.slots)
+            raise ProgramError(f"{self.rule}: t, param, grad and {names} must be different names")
         for part, is_scalar in ((self.scalar_part, True), (self.array_part, False)):
             for line in part:
                 kinds[line.name] = self._kind(line, kinds, is_scalar)

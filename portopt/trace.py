@@ -8,8 +8,9 @@ protocol does not have, or what would not mean the same everywhere, is refused w
 from __future__ import annotations
 
 import itertools
-import numbers
 import sys
+from dataclasses import fields
+from keyword import iskeyword
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -72,8 +73,10 @@ class _Tracer:
             name: Symbol(self, "scalar", name=name, is_zero=is_zero(getattr(rule, name)))
             for name in cls.hyperparameters()
         }
-        self.twin = cls.unchecked(**{**vars(rule), **scalars})
-        slots = tuple(self.twin.slots)
+        # Fields alone: what else hangs on the rule (a cached property) was made of numbers, which
+        # would stand in the program of every rule of this structure.
+        self.twin = cls.unchecked(**{f.name: getattr(rule, f.name) for f in fields(cls)} | scalars)
+        slots = self.slots(tuple(scalars))
         param, grad, *state = (
             Symbol(self, "array", name=name) for name in ("param", "grad", *slots)
         )
@@ -82,7 +85,7 @@ class _Tracer:
             result = self.twin.step(_Functions(self), t, param, grad, slot)  # type: ignore[arg-type]
         except TraceError:
             raise
-        except (TypeError, AttributeError, ValueError) as error:
+        except Exception as error:
             raise self.fail(f"cannot be traced: {error}") from error
         outputs = self.outputs(result, slots)
         lines = self.name_lines(outputs)
@@ -97,6 +100,17 @@ class _Tracer:
         program.verify()
         return program
 
+    def slots(self, hyperparameters: tuple[str, ...]) -> tuple[str, ...]:
+        slots = tuple(self.twin.slots)
+        reserved = ("t", "param", "grad", "step", *hyperparameters)
+        for place, slot in enumerate(slots):
+            if not slot.isidentifier() or slot in (*reserved, *slots[:place]):
+                raise self.fail(
+                    f"has a slot named {slot!r}: each needs a name of its own, an identifier other "
+                    f"than {', '.join(reserved)}"
+                )
+        return slots
+
     def outputs(self, result: Any, slots: tuple[str, ...]) -> dict[str, Symbol]:
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
             raise self.fail(f"must return (new_param, new_slots), returned {result!r}")
@@ -106,7 +120,8 @@ class _Tracer:
         for name, value in outputs.items():
             if not isinstance(value, Symbol) or value.kind != "array":
                 raise self.fail(f"must return an array for {name}, returned {value!r}")
-        return outputs
+        # An input handed on as it is would be overwritten before it is read: make it anew.
+        return {name: value if value.op else value * 1 for name, value in outputs.items()}
 
     def record(self, op: str, *operands: Any) -> Symbol:
         args = tuple(self.operand(op, value) for value in operands)
@@ -122,11 +137,11 @@ class _Tracer:
     def operand(self, op: str, value: Any) -> Any:
         if isinstance(value, Symbol) and value.tracer is self:
             return value
-        if isinstance(value, numbers.Real):
-            return value if isinstance(value, int) else float(value)
+        if type(value) in (int, float):  # a NumPy scalar would make a float32 array float64
+            return value
         raise self.fail(
             f"uses {type(value).__name__} {value!r} in {op}: only its arguments, its "
-            "hyperparameters and numbers can be used"
+            "hyperparameters and Python's ints and floats can be used"
         )
 
     def check(self, op: str, args: tuple[Any, ...], kinds: list[Kind]) -> None:
@@ -151,7 +166,7 @@ class _Tracer:
     def note_frames(self) -> None:
         """Keep the frames of the rule's own functions: their local names become ours."""
         frame: FrameType | None = sys._getframe(2)
-        while frame is not None:
+        while frame is not None and frame.f_code is not _Tracer.program.__code__:
             if frame.f_locals.get("self") is self.twin:
                 self.frames[id(frame)] = frame
             frame = frame.f_back
@@ -177,7 +192,8 @@ class _Tracer:
         for frame in reversed(self.frames.values()):  # the innermost is noted first
             for name, value in frame.f_locals.items():
                 if isinstance(value, Symbol) and id(value) in needed:
-                    give(value, name.lstrip("_") or "x")
+                    plain = name.lstrip("_")
+                    give(value, plain if plain.isidentifier() and not iskeyword(plain) else "x")
         self.frames.clear()
         for name, value in outputs.items():
             give(value, name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from portopt.arrays import Array, Namespace
-from portopt.rules.base import Decay, NonNegative, Rule, Update, ema
+from portopt.rules.base import Decay, NonNegative, Rule, Update, ema, mean_square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Adam(Rule):
 
     def update(self, xp: Namespace, t: int, param: Array, grad: Array, slot: Any) -> Update:
         m = ema(slot.exp_avg, grad, self.beta1)
-        v = ema(slot.exp_avg_sq, grad * grad, self.beta2)
+        v = mean_square(xp, slot.exp_avg_sq, grad, self.beta2)
         new = {"exp_avg": m, "exp_avg_sq": v}
         if self.amsgrad:
             v = new["max_exp_avg_sq"] = xp.maximum(slot.max_exp_avg_sq, v)

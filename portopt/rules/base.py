@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -164,9 +165,7 @@ class Rule(abc.ABC):
     def unchecked(cls, **values: Any) -> Self:
         """A rule of any values: symbols, 0-d arrays, a schedule's next value."""
         rule = object.__new__(cls)
-        rule.__dict__.update(
-            {field.name: field.default for field in fields(cls)} | values  # type: ignore[arg-type]
-        )
+        rule.__dict__.update({field.name: field.default for field in fields(cls)} | values)
         return rule
 
 
@@ -177,6 +176,15 @@ def ema(old: Array, new: Array, decay: float) -> Array:
     accumulates over ``1/(1 - decay)`` steps (1e-5 of the value for 0.999 in float32).
     """
     return old + (1 - decay) * (new - old) if decay else new
+
+
+def mean_square(xp: Namespace, old: Array, grad: Array, decay: float) -> Array:
+    """The `ema` of ``grad**2``.
+
+    Once it has overflowed it stays infinite, so that its weight stands still; infinity minus
+    infinity would make that weight NaN, and with it the whole model.
+    """
+    return xp.where(old < math.inf, ema(old, grad * grad, decay), old)
 
 
 def is_zero(value: object) -> bool:
@@ -196,7 +204,8 @@ def _fields(cls: type[Rule]) -> dict[str, tuple[bool, Check]]:
         hint = hints[field.name]
         interval = REAL
         if get_origin(hint) is Annotated:
-            hint, interval = get_args(hint)[:2]
+            hint, *notes = get_args(hint)
+            interval = next((note for note in notes if isinstance(note, Interval)), REAL)
         if hint is float:
             table[field.name] = (True, _float_in(interval))
         elif hint is bool:
@@ -212,16 +221,20 @@ def _float_in(interval: Interval) -> Check:
     def check(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise HyperparameterTypeError(name, value, f"a real number in {interval.text}")
-        if float(value) not in interval:
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond every float
+            number = math.inf
+        if number not in interval:
             raise HyperparameterError(name, value, f"in {interval.text}")
-        return float(value)
+        return number
 
     return check
 
 
 def _one_of(choices: tuple[object, ...]) -> Check:
     def check(name: str, value: Any) -> Any:
-        if value not in choices:
+        if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
             raise HyperparameterError(name, value, f"one of {', '.join(map(repr, choices))}")
         return value
 

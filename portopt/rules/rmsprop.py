@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from portopt.arrays import Array, Namespace
-from portopt.rules.base import Interval, NonNegative, Rule, Update, ema
+from portopt.rules.base import Interval, NonNegative, Rule, Update, ema, mean_square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class RMSprop(Rule):
 
         v = alpha * v + (1 - alpha) * grad**2
         a = alpha * a + (1 - alpha) * grad                          # centered only
-        spread = v - a**2 if centered else v
+        spread = max(v - a**2, 0) if centered else v
         scaled = grad / (sqrt(spread) + eps)                        # eps_form "outside"
         scaled = grad / sqrt(spread + eps)                          # eps_form "inside"
         param = param - lr * scaled                                 # without momentum
@@ -82,11 +82,11 @@ class RMSprop(Rule):
         return ("square_avg", *centered, *momentum)
 
     def update(self, xp: Namespace, t: int, param: Array, grad: Array, slot: Any) -> Update:
-        v = spread = ema(slot.square_avg, grad * grad, self.alpha)
+        v = spread = mean_square(xp, slot.square_avg, grad, self.alpha)
         new = {"square_avg": v}
         if self.centered:
             a = new["grad_avg"] = ema(slot.grad_avg, grad, self.alpha)
-            spread = v - a * a
+            spread = xp.maximum(v - a * a, 0.0)  # rounding may leave less than nothing
         if self.eps_form == "outside":
             denom = xp.sqrt(spread) + self.eps
         else:

@@ -44,9 +44,9 @@ def assert_agree(actual, expected, kind, *, start=None, what="values"):
     finite = np.isfinite(expected)
     if not np.array_equal(actual[~finite], expected[~finite], equal_nan=True):
         raise AssertionError(f"{what}: NaN or Inf in other places")
-    difference = np.max(np.abs(actual - expected)[finite], initial=0.0)
-    moved = expected if start is None else expected - np.asarray(start, np.float64)
-    scale = np.max(np.abs(moved)[finite], initial=0.0)
+    difference = np.max(np.abs(actual[finite] - expected[finite]), initial=0.0)
+    origin = 0.0 if start is None else np.asarray(start, np.float64)[finite]
+    scale = np.max(np.abs(expected[finite] - origin), initial=0.0)
     if not difference <= TOLERANCE[kind] * scale:
         raise AssertionError(
             f"{what}: difference {difference:.3g} is more than {TOLERANCE[kind]:g} of {scale:.3g}"
