@@ -17,7 +17,7 @@ class SGD(Optimizer):
     """``torch.optim.SGD``: the rule `portopt.rules.Momentum`, or `portopt.rules.SGD` without one.
 
     Arguments, groups and ``state_dict`` are those of ``torch.optim.SGD``. ``foreach`` changes
-    nothing here; ``fused=True`` is refused.
+    nothing here; ``fused=True`` and sparse gradients are refused.
     """
 
     keeps_step = False
@@ -51,10 +51,14 @@ class SGD(Optimizer):
 
     @classmethod
     def rule_of(cls, group: Mapping[str, Any]) -> Fields:
-        fields = _same(group, "lr", "weight_decay", "maximize")
-        if group["momentum"] == 0 and not group["nesterov"]:
-            return rules.SGD, fields
-        return rules.Momentum, fields | _same(group, "momentum", "dampening", "nesterov")
+        if group["momentum"] == 0:
+            return rules.SGD, _same(group, "lr", "weight_decay", "maximize")
+        return cls.checked_as(group)
+
+    @classmethod
+    def checked_as(cls, group: Mapping[str, Any]) -> Fields:
+        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        return rules.Momentum, _same(group, *names)
 
 
 class RMSprop(Optimizer):
@@ -123,7 +127,7 @@ class Adam(Optimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": betas,
+            "betas": tuple(betas) if isinstance(betas, list) else betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -138,10 +142,12 @@ class Adam(Optimizer):
 
     @classmethod
     def rule_of(cls, group: Mapping[str, Any]) -> Fields:
-        beta1, beta2 = group["betas"]
+        betas = group["betas"]
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise TypeError(f"betas must be a pair of numbers in [0, 1), got {betas!r}")
         decay = {"decoupled": group["decoupled_weight_decay"]}
         same = _same(group, "lr", "eps", "weight_decay", "amsgrad", "maximize")
-        return rules.Adam, {**same, **decay, "beta1": beta1, "beta2": beta2}
+        return rules.Adam, {**same, **decay, "beta1": betas[0], "beta2": betas[1]}
 
 
 class AdamW(Adam):

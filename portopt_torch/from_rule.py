@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copyreg import __newobj__  # type: ignore[attr-defined]
 from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any
@@ -11,7 +12,6 @@ from portopt.rules import Rule
 from portopt_torch.optimizer import Optimizer
 
 
-@cache
 def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
     """A ``torch.optim.Optimizer`` subclass that updates by ``rule``.
 
@@ -37,9 +37,14 @@ def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
         >>> weight.data
         tensor([0.8000, 1.2000])
     """
-    rule_class = rule if isinstance(rule, type) else type(rule)
-    if not issubclass(rule_class, Rule):
+    if not issubclass(rule if isinstance(rule, type) else type(rule), Rule):
         raise TypeError(f"rule must be a portopt.Rule or a subclass of it, got {rule!r}")
+    return _class_of(rule)
+
+
+@cache
+def _class_of(rule: Rule | type[Rule]) -> type[Optimizer]:
+    rule_class = rule if isinstance(rule, type) else type(rule)
     preset = {} if isinstance(rule, type) else vars(rule)
 
     class FromRule(Optimizer):
@@ -66,6 +71,8 @@ def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
             return rule_class, {name: group[name] for name in names if name in group}
 
         def __reduce__(self) -> tuple[Any, ...]:
+            if type(self) is not FromRule:  # a user's subclass, which is found by its name
+                return __newobj__, (type(self),), self.__getstate__()
             return _unpickled, (rule,), self.__getstate__()
 
     FromRule.__name__ = FromRule.__qualname__ = rule_class.__name__

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from array_api_compat import torch as xp
 from torch import Tensor
 
-from portopt.arrays import compute_dtype
+from portopt.arrays import STORAGE_DTYPES, compute_dtype
 from portopt.program import Program
 from portopt.rules import HyperparameterError, Rule
 from portopt.trace import trace
@@ -45,6 +44,8 @@ class Optimizer(torch.optim.Optimizer):
     keeps_step: ClassVar[bool] = True
     """Whether ``state`` counts the steps, under "step" in a 0-d float tensor."""
 
+    _loading = False
+
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._check(defaults)
         super().__init__(params, defaults)
@@ -53,6 +54,11 @@ class Optimizer(torch.optim.Optimizer):
     def rule_of(cls, group: Mapping[str, Any]) -> tuple[type[Rule], dict[str, Any]]:
         """The rule that a parameter group means: its class, and the fields that it sets."""
         raise NotImplementedError
+
+    @classmethod
+    def checked_as(cls, group: Mapping[str, Any]) -> tuple[type[Rule], dict[str, Any]]:
+        """As `rule_of`, but the rule that says what the group may hold."""
+        return cls.rule_of(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer`` does; its hyperparameters are checked first."""
@@ -91,6 +97,8 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: it does not fit: other groups, a slot missing, a shape that is not the
                 parameter's, a hyperparameter that is not allowed; nothing is changed then.
         """
+        if self._loading:  # one of the user's hooks loads again: ours are there already
+            return super().load_state_dict(state_dict)
         # As hooks, these see the state as the user's own hooks leave it, and before it is used.
         final: dict[str, Any] = {}
 
@@ -102,15 +110,20 @@ class Optimizer(torch.optim.Optimizer):
         after = self.register_load_state_dict_post_hook(
             lambda _: self._restore_dtypes(final), prepend=True
         )
+        self._loading = True
         try:
             super().load_state_dict(state_dict)
         finally:
+            self._loading = False
             before.remove()
             after.remove()
+        return None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in what the states of older versions lack."""
+        defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
+        self.defaults = defaults  # as they were: the base class puts "differentiable" there
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -122,7 +135,7 @@ class Optimizer(torch.optim.Optimizer):
     def _check(self, group: Mapping[str, Any]) -> None:
         if group.get("fused"):
             raise RuntimeError("`fused=True` is not possible: this version has no fused kernel")
-        cls, values = self.rule_of(group)
+        cls, values = self.checked_as(group)
         for name, value in values.items():
             if torch.is_tensor(value) and value.numel() != 1:
                 raise ValueError(f"Tensor {name} must be 1-element, got shape {value.shape}")
@@ -152,7 +165,9 @@ class Optimizer(torch.optim.Optimizer):
         stored = {"param": param, "grad": param.grad, **{s: state[s] for s in program.slots}}
         stored = {k: torch.view_as_real(v) if v.is_complex() else v for k, v in stored.items()}
         dtype = _compute_dtype(param.dtype)
-        arrays = {key: tensor.to(dtype) for key, tensor in stored.items()}
+        # Autograd may keep what the rule read, and what it read is about to be written.
+        copy = torch.is_grad_enabled()
+        arrays = {key: tensor.to(dtype, copy=copy) for key, tensor in stored.items()}
         new = program.run(xp, _scalars(program, rule, t, dtype), arrays)
         for key, value in new.items():
             stored[key].copy_(value)
@@ -160,7 +175,9 @@ class Optimizer(torch.optim.Optimizer):
     def _count(self, group: Mapping[str, Any], state: dict[str, Any], param: Tensor) -> Any:
         """The number of this step; a 0-d tensor where it must stay on the device."""
         if not self.keeps_step:
-            return 2 if state else 1  # what a rule without a count may ask: is it the first?
+            # What a rule without a count may ask: is it the first? (torch.optim.SGD once saved
+            # a momentum_buffer of None.)
+            return 1 if all(value is None for value in state.values()) else 2
         if "step" not in state:
             state["step"] = _zero_steps(group, param)
         state["step"] += 1
@@ -176,11 +193,11 @@ class Optimizer(torch.optim.Optimizer):
             cls, values = self.rule_of(group)
             slots = cls.unchecked(**values).slots
             for key, param in zip(theirs["params"], ours["params"], strict=True):
-                state = state_dict["state"].get(key)
-                if state:
+                state = state_dict["state"].get(key) or {}
+                if any(value is not None for value in state.values()):
                     _check_slots(key, state, slots, param)
-                    if self.keeps_step and "step" not in state:
-                        raise ValueError(f"loaded state of parameter {key} has no 'step'")
+                    if self.keeps_step:
+                        _check_step(key, state)
 
     def _restore_dtypes(self, state_dict: Mapping[str, Any]) -> None:
         """Undo the base class's cast of every state tensor to its parameter's dtype."""
@@ -192,22 +209,39 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def _scalars(program: Program, rule: Rule, t: Any, dtype: torch.dtype) -> dict[str, Any]:
-    values = vars(rule)
-    if not torch.is_tensor(t):
-        return program.scalars({name: _host(value) for name, value in values.items()}, t)
-    scalars = program.scalars(values, t.double(), number=Tensor.double)
+    """The scalar part, on the host unless a graph, CUDA's or autograd's, must see it."""
+    number = _tensor if torch.is_tensor(t) or torch.is_grad_enabled() else _host
+    values = {name: number(getattr(rule, name)) for name in program.hyperparameters}
+    scalars = program.scalars(values, number(t), _tensor)
     return {name: s.to(dtype) if torch.is_tensor(s) else s for name, s in scalars.items()}
+
+
+def _tensor(value: Any) -> Any:
+    """A number, in float64, and a tensor if it is one."""
+    return value.double().reshape(()) if torch.is_tensor(value) else float(value)
 
 
 def _host(value: Any) -> Any:
     return value.item() if torch.is_tensor(value) else value
 
 
-@cache
+# A table, as torch.compile warns of a function with a cache.
+_COMPUTE_DTYPES: dict[torch.dtype, torch.dtype] = {
+    getattr(torch, storage): getattr(torch, compute_dtype(storage)) for storage in STORAGE_DTYPES
+} | {
+    torch.complex32: torch.float32,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    name = str(dtype.to_real() if dtype.is_complex else dtype).removeprefix("torch.")
-    computed: torch.dtype = getattr(torch, compute_dtype(name))
-    return computed
+    if dtype not in _COMPUTE_DTYPES:
+        raise TypeError(
+            f"parameters with a gradient must be of {', '.join(STORAGE_DTYPES)} or complex numbers "
+            f"of these, got {dtype}"
+        )
+    return _COMPUTE_DTYPES[dtype]
 
 
 def _zero_steps(group: Mapping[str, Any], param: Tensor) -> Tensor:
@@ -217,12 +251,24 @@ def _zero_steps(group: Mapping[str, Any], param: Tensor) -> Tensor:
 
 def _check_slots(key: Any, state: Mapping[str, Any], slots: tuple[str, ...], param: Tensor) -> None:
     for slot in slots:
-        if not torch.is_tensor(state.get(slot)):
+        value = state.get(slot)
+        if not torch.is_tensor(value):
             raise ValueError(
                 f"loaded state of parameter {key} has no tensor {slot!r}: it has {list(state)}"
             )
-        if state[slot].shape != param.shape:
+        if value.shape != param.shape:
             raise ValueError(
                 f"loaded {slot!r} of parameter {key} must have shape {tuple(param.shape)}, got "
-                f"{tuple(state[slot].shape)}"
+                f"{tuple(value.shape)}"
             )
+        if not (value.is_complex() if param.is_complex() else value.is_floating_point()):
+            raise ValueError(
+                f"loaded {slot!r} of parameter {key} must be of a kind with its {param.dtype}, got "
+                f"{value.dtype}"
+            )
+
+
+def _check_step(key: Any, state: Mapping[str, Any]) -> None:
+    step = state.get("step")
+    if not isinstance(step, int | float) and not (torch.is_tensor(step) and step.numel() == 1):
+        raise ValueError(f"loaded 'step' of parameter {key} must be a number, got {step!r}")

@@ -1,0 +1,288 @@
+"""Bad input: the native's exception and leading words, and nothing is changed."""
+
+import copy
+
+import pytest
+import torch
+from twins import (
+    NAMES,
+    assert_twins_agree,
+    make_grads,
+    make_params,
+    native,
+    ours,
+    saved,
+    snapshot,
+    train,
+)
+
+from portopt import rules
+from portopt_torch import from_rule
+
+GRADS = make_grads(steps=4)
+NAN, INF = float("nan"), float("inf")
+
+
+def caught(call, *args, **kwargs):
+    with pytest.raises(Exception) as error:
+        call(*args, **kwargs)
+    return error.value
+
+
+def assert_same_kind(mine, theirs, words=None):
+    assert isinstance(mine, type(theirs)), (mine, theirs)
+    assert str(mine).startswith(words or str(theirs))
+
+
+RANGES = [
+    ("SGD", {"lr": -1.0}),
+    ("SGD", {"momentum": -0.5}),
+    ("SGD", {"weight_decay": -0.1}),
+    ("SGD", {"nesterov": True}),
+    ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.5}),
+    ("SGD", {"lr": torch.ones(2)}),
+    *(
+        ("RMSprop", {k: v})
+        for k in ("lr", "eps", "momentum", "weight_decay", "alpha")
+        for v in (-1.0, NAN)
+    ),
+    *(
+        (name, {k: v})
+        for name in ("Adam", "AdamW")
+        for k in ("lr", "eps", "weight_decay")
+        for v in (-1.0, NAN)
+    ),
+    *(("Adam", {"betas": (beta, 0.9)}) for beta in (1.0, -0.1, NAN)),
+    *(("Adam", {"betas": (0.9, beta)}) for beta in (1.0, -0.1, NAN)),
+    ("Adam", {"lr": torch.tensor(-1.0)}),
+]
+
+
+@pytest.mark.parametrize(("name", "bad"), RANGES)
+def test_hyperparameter_out_of_range(name, bad):
+    theirs = caught(native(name), make_params(), **bad)
+    assert isinstance(theirs, ValueError)
+    words = str(theirs).replace("tensor(-1.)", "-1.0")
+    assert_same_kind(caught(ours(name), make_params(), **bad), theirs, words)
+
+    optimizer = train(ours(name)(make_params()), GRADS[:1])
+    before = snapshot(optimizer)
+    (late,) = make_params([(2,)])
+    assert_same_kind(caught(optimizer.add_param_group, {"params": [late], **bad}), theirs, words)
+    assert snapshot(optimizer) == before
+    state = saved(optimizer)
+    state["param_groups"][0].update(bad)
+    assert_same_kind(caught(optimizer.load_state_dict, state), theirs, words)
+    assert snapshot(optimizer) == before
+    twin = train(ours(name)(make_params()), GRADS)
+    assert_twins_agree(train(optimizer, GRADS[1:]), twin, "same")
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "error", "words"),
+    [
+        ("SGD", {"lr": NAN}, ValueError, "Invalid learning rate: nan (lr must be in [0, inf)"),
+        ("SGD", {"momentum": NAN}, ValueError, "Invalid momentum value: nan"),
+        ("SGD", {"weight_decay": NAN}, ValueError, "Invalid weight_decay value: nan"),
+        ("SGD", {"dampening": NAN}, ValueError, "dampening must be in (-inf, inf), got nan"),
+        ("SGD", {"dampening": "0"}, TypeError, "dampening must be a real number in (-inf, inf)"),
+        ("Adam", {"lr": INF}, ValueError, "Invalid learning rate: inf"),
+        ("RMSprop", {"alpha": 1.5}, ValueError, "Invalid alpha value: 1.5"),
+        ("Adam", {"betas": (0.9,)}, TypeError, "betas must be a pair of numbers in [0, 1), got"),
+        ("Adam", {"betas": (0.9, 0.9, 0.9)}, TypeError, "betas must be a pair of numbers"),
+        ("Adam", {"betas": 0.9}, TypeError, "betas must be a pair of numbers"),
+        ("Adam", {"amsgrad": "yes"}, TypeError, "amsgrad must be True or False, got 'yes'"),
+        ("SGD", {"nesterov": 1}, TypeError, "Nesterov momentum requires"),
+        ("RMSprop", {"centered": None}, TypeError, "centered must be True or False, got None"),
+        ("Adam", {"maximize": 0}, TypeError, "maximize must be True or False, got 0"),
+        ("Adam", {"fused": True}, RuntimeError, "`fused=True` is not possible"),
+        ("Adam", {"learning_rate": 0.1}, TypeError, "Adam.__init__() got an unexpected keyword"),
+    ],
+)
+def test_what_the_native_lets_pass_or_says_otherwise(name, bad, error, words):
+    assert_same_kind(caught(ours(name), make_params(), **bad), error(words))
+
+
+@pytest.mark.parametrize("value", ["0.1", None, 1j, [0.1]], ids=repr)
+@pytest.mark.parametrize(
+    ("name", "key", "words"),
+    [
+        ("SGD", "lr", "Invalid learning rate: "),
+        ("SGD", "momentum", "Invalid momentum value: "),
+        ("RMSprop", "alpha", "Invalid alpha value: "),
+        ("Adam", "eps", "Invalid epsilon value: "),
+        ("AdamW", "weight_decay", "Invalid weight_decay value: "),
+    ],
+)
+def test_hyperparameter_of_a_wrong_type(name, key, words, value):
+    theirs = caught(native(name), make_params(), **{key: value})
+    assert isinstance(theirs, TypeError)
+    mine = caught(ours(name), make_params(), **{key: value})
+    assert_same_kind(mine, theirs, f"{words}{value} ({key} must be a real number")
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        lambda: [],
+        lambda: torch.ones(2, requires_grad=True),
+        lambda: [1.0],
+        lambda: [torch.ones(2, requires_grad=True) * 2],
+        lambda: [{"params": set(make_params())}],
+        lambda: [{"params": (same := make_params())}, {"params": same}],
+        lambda: [("a", make_params()[0]), make_params()[1]],
+        lambda: [{"params": make_params()}, make_params()],
+        lambda: [{"lr": 0.1}],
+        lambda: 5,
+    ],
+)
+@pytest.mark.parametrize("name", ["SGD", "Adam", "from_rule"])
+def test_parameters_that_the_native_refuses(name, params):
+    cls = from_rule(rules.Adam) if name == "from_rule" else ours(name)
+    theirs = caught(native("Adam"), params())
+    assert_same_kind(caught(cls, params()), theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sparse_gradient(name):
+    optimizer = train(ours(name)(make_params()), GRADS[:1])
+    before = snapshot(optimizer)
+    params = optimizer.param_groups[0]["params"]
+    params[2].grad = torch.ones(4).to_sparse()
+    words = f"{name} does not support sparse gradients"
+    if name in ("RMSprop", "Adam"):  # torch's SGD takes them, and its AdamW says "Adam"
+        theirs = native(name)(make_params())
+        theirs.param_groups[0]["params"][2].grad = torch.ones(4).to_sparse()
+        assert str(caught(theirs.step)).startswith(words)
+    assert_same_kind(caught(optimizer.step), RuntimeError(words))
+    assert snapshot(optimizer) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_parameter_of_a_wrong_dtype(dtype):
+    good, bad = torch.nn.Parameter(torch.ones(2)), torch.ones(2).to(dtype)
+    optimizer = ours("Adam")([{"params": [good]}, {"params": [bad]}])
+    good.grad = torch.ones(2)
+    optimizer.step()
+    before = snapshot(optimizer)
+    bad.grad = torch.ones(2).to(dtype)
+    words = "parameters with a gradient must be of float16, bfloat16, float32, float64 or complex"
+    assert_same_kind(caught(optimizer.step), TypeError(words))
+    assert snapshot(optimizer) == before
+
+
+def without(key):
+    return lambda state: state["state"][0].pop(key)
+
+
+def given(key, value):
+    return lambda state: state["state"][0].update({key: value})
+
+
+MISFITS = [
+    ("Adam", lambda s: s["param_groups"].pop(), None, ""),
+    ("Adam", lambda s: s["param_groups"].append(s["param_groups"][0]), None, ""),
+    ("Adam", lambda s: s["param_groups"][0]["params"].pop(), None, ""),
+    ("Adam", lambda s: s.pop("param_groups"), None, ""),
+    ("Adam", lambda s: s.pop("state"), None, ""),
+    (
+        "Adam",
+        without("exp_avg"),
+        ValueError,
+        "loaded state of parameter 0 has no tensor 'exp_avg': it has",
+    ),
+    (
+        "SGD",
+        lambda s: s["state"].update({0: {"exp_avg": torch.ones(3, 5)}}),
+        ValueError,
+        "loaded state of parameter 0 has no tensor 'momentum_buffer'",
+    ),
+    (
+        "RMSprop",
+        without("square_avg"),
+        ValueError,
+        "loaded state of parameter 0 has no tensor 'square_avg'",
+    ),
+    (
+        "Adam",
+        given("exp_avg", [0.0]),
+        ValueError,
+        "loaded state of parameter 0 has no tensor 'exp_avg'",
+    ),
+    (
+        "Adam",
+        given("exp_avg_sq", torch.ones(5, 3)),
+        ValueError,
+        "loaded 'exp_avg_sq' of parameter 0 must have shape (3, 5), got (5, 3)",
+    ),
+    (
+        "Adam",
+        given("exp_avg", torch.ones(3, 5, dtype=torch.int32)),
+        ValueError,
+        "loaded 'exp_avg' of parameter 0 must be of a kind with its torch.float32",
+    ),
+    (
+        "Adam",
+        given("exp_avg", torch.ones(3, 5, dtype=torch.complex64)),
+        ValueError,
+        "loaded 'exp_avg' of parameter 0 must be of a kind with",
+    ),
+    (
+        "Adam",
+        without("step"),
+        ValueError,
+        "loaded 'step' of parameter 0 must be a number, got None",
+    ),
+    (
+        "Adam",
+        given("step", "3"),
+        ValueError,
+        "loaded 'step' of parameter 0 must be a number, got '3'",
+    ),
+    (
+        "Adam",
+        given("step", torch.ones(2)),
+        ValueError,
+        "loaded 'step' of parameter 0 must be a number, got tensor",
+    ),
+    (
+        "Adam",
+        lambda s: s["param_groups"][1].update(amsgrad=True),
+        ValueError,
+        "loaded state of parameter 2 has no tensor 'max_exp_avg_sq'",
+    ),
+    (
+        "Adam",
+        lambda s: s["param_groups"][1].update(betas=(0.9, 2.0)),
+        ValueError,
+        "Invalid beta parameter at index 1: 2.0",
+    ),
+    (
+        "Adam",
+        lambda s: s["param_groups"][1].update(lr="high"),
+        TypeError,
+        "Invalid learning rate: high",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "error", "words"), MISFITS)
+def test_a_state_that_does_not_fit_changes_nothing(name, spoil, error, words):
+    options = {"momentum": 0.9} if name == "SGD" else {}
+
+    def make(cls):
+        params = make_params()
+        return train(cls([{"params": params[:2]}, {"params": params[2:]}], **options), GRADS[:2])
+
+    optimizer = make(ours(name))
+    before, spoiled = snapshot(optimizer), saved(make(native(name)))
+    spoil(spoiled)
+    theirs = (
+        error(words)
+        if error
+        else caught(make(native(name)).load_state_dict, copy.deepcopy(spoiled))
+    )
+    assert_same_kind(caught(optimizer.load_state_dict, spoiled), theirs)
+    assert snapshot(optimizer) == before
+    untouched = make(ours(name))
+    assert_twins_agree(train(optimizer, GRADS[2:]), train(untouched, GRADS[2:]), "same")
