@@ -1,0 +1,81 @@
+"""The commands, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from portopt import cli, demo, worker
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+FRAMEWORKS = [f for f in worker.FRAMEWORKS if worker.missing(f) is None]
+
+
+def portopt(*arguments, cwd):
+    command = [sys.executable, "-m", "portopt", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", demo.CASES)
+def test_demo_learns_the_digits_in_every_framework(rule, tmp_path):
+    done = portopt("demo", "--rule", rule, "--json", "results.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    expected = ["NumPy"] + [cli.NAMES[f] for f in FRAMEWORKS for _ in range(3)]
+    assert [run["framework"] for run in results["runs"]] == expected
+    assert all(run["accuracy"] >= 0.95 for run in results["runs"])
+    assert len(results["differences"]) == 2 * len(FRAMEWORKS)
+    assert all(d["passed"] and d["largest"] <= d["limit"] for d in results["differences"])
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif("torch" not in FRAMEWORKS, reason="PyTorch is not installed")
+def test_demo_fails_when_parity_is_lost(monkeypatch, capsys, tmp_path):
+    # Only this process has the other rule: the child trains with the real one.
+    real = demo.CASES["adam"]
+    monkeypatch.setitem(demo.CASES, "adam", replace(real, rule=replace(real.rule, lr=2e-3)))
+    monkeypatch.setattr(cli, "NAMES", {"torch": "PyTorch"})
+    status = cli.main(["demo", "--epochs", "1", "--plot", str(tmp_path / "demo.png")])
+    assert status == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_demo_names_what_is_not_installed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(worker, "missing", lambda framework: framework)
+    plot = tmp_path / "demo.png"
+    assert cli.main(["demo", "--epochs", "1", "--plot", str(plot)]) == 0
+    output = capsys.readouterr().out
+    assert "PyTorch is left out: torch is not installed" in output
+    assert "Keras is left out: keras is not installed" in output
+    assert "There is nothing to compare with." in output
+    assert plot.exists()
+
+
+def test_parity_without_natives_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(worker, "missing", lambda framework: framework)
+    assert cli.main(["parity"]) == 2
+    assert "pip install 'portable-optimizers[torch]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "--epochs", "0"], "must be at least 1, got 0"),
+        (["demo", "--rule", "adagrad"], "invalid choice: 'adagrad'"),
+        ([], "COMMAND"),
+    ],
+)
+def test_bad_usage(arguments, words, tmp_path):
+    done = portopt(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_a_child_that_fails_is_reported():
+    with pytest.raises(worker.WorkerError, match=r"(?s)ended with status 1.*No module named"):
+        list(worker.events("portopt.nothing", {}))
