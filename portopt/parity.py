@@ -51,10 +51,10 @@ class Case:
 
     @property
     def options(self) -> str:
-        """The fields of the rule that are not at their defaults."""
-        rule = self.rule
-        changed = [f.name for f in fields(rule) if getattr(rule, f.name) != f.default]
-        return ", ".join(f"{name}={getattr(rule, name)}" for name in changed)
+        """The fields of the rule, besides ``lr``, that are not at their defaults."""
+        values = {f.name: getattr(self.rule, f.name) for f in fields(self.rule) if f.name != "lr"}
+        defaults = {f.name: f.default for f in fields(self.rule)}
+        return _arguments({k: v for k, v in values.items() if v != defaults[k]})
 
 
 LR = 2.0**-7  # Keras holds it in float32: the rounding of an input is not what is judged
@@ -233,28 +233,32 @@ def on_jax(rule: Rule) -> Arrays:
     params, grads = problem()
     program = trace(rule)
 
-    @jax.jit
     def step(scalars: Any, param: Any, grad: Any, slots: Any) -> Any:
         return program.run(
             cast(Namespace, jax.numpy), scalars, {"param": param, "grad": grad, **slots}
         )
 
+    compiled = jax.jit(step)
     results: Arrays = {}
     for name, param in params.items():
         arrays = {"param": param, **{slot: np.zeros_like(param) for slot in program.slots}}
         for t, grad in enumerate(grads, 1):
             slots = {slot: arrays[slot] for slot in program.slots}
-            arrays = step(program.scalars(vars(rule), t), arrays["param"], grad[name], slots)
+            arrays = compiled(program.scalars(vars(rule), t), arrays["param"], grad[name], slots)
         results[name] = np.asarray(arrays["param"])
         results |= {f"{slot} of {name}": np.asarray(arrays[slot]) for slot in program.slots}
     return results
 
 
 def twin_name(framework: str, twin: Twin) -> str:
-    """How a native optimizer is called in the table: its name and arguments."""
+    """How a native optimizer is called in the table: its name and arguments but `LR`."""
     module = {"torch": "torch.optim", "keras": "keras.optimizers"}[framework]
-    arguments = ", ".join(f"{name}={value}" for name, value in twin[1].items())
-    return f"{module}.{twin[0]}({arguments})"
+    arguments = {k: v for k, v in twin[1].items() if k not in ("lr", "learning_rate")}
+    return f"{module}.{twin[0]}({_arguments(arguments)})"
+
+
+def _arguments(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def answer(
