@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 
@@ -20,8 +20,8 @@ class SGD(Optimizer):
     ``weight_decay`` by name, are those of ``keras.optimizers.SGD``.
     """
 
-    fields = {"momentum": "momentum", "nesterov": "nesterov"}
-    slot_names = ({"momentum_buffer": "momentum"},)
+    fields: ClassVar = {"momentum": "momentum", "nesterov": "nesterov"}
+    slot_names: ClassVar = ({"momentum_buffer": "momentum"},)
 
     def __init__(
         self,
@@ -55,9 +55,14 @@ class RMSprop(Optimizer):
     """
 
     rule_class = rules.RMSprop
-    fixed = {"decoupled": True, "eps_form": "inside", "buffer": "velocity"}
-    fields = {"rho": "alpha", "momentum": "momentum", "epsilon": "eps", "centered": "centered"}
-    slot_names = (
+    fixed: ClassVar = {"decoupled": True, "eps_form": "inside", "buffer": "velocity"}
+    fields: ClassVar = {
+        "rho": "alpha",
+        "momentum": "momentum",
+        "epsilon": "eps",
+        "centered": "centered",
+    }
+    slot_names: ClassVar = (
         {"square_avg": "velocity"},
         {"momentum_buffer": "momentum"},
         {"grad_avg": "average_gradient"},
@@ -90,9 +95,14 @@ class Adam(Optimizer):
     """
 
     rule_class = rules.Adam
-    fixed = {"decoupled": True, "eps_form": "hat"}
-    fields = {"beta_1": "beta1", "beta_2": "beta2", "epsilon": "eps", "amsgrad": "amsgrad"}
-    slot_names = (
+    fixed: ClassVar = {"decoupled": True, "eps_form": "hat"}
+    fields: ClassVar = {
+        "beta_1": "beta1",
+        "beta_2": "beta2",
+        "epsilon": "eps",
+        "amsgrad": "amsgrad",
+    }
+    slot_names: ClassVar = (
         {"exp_avg": "momentum", "exp_avg_sq": "velocity"},
         {"max_exp_avg_sq": "velocity_hat"},
     )
@@ -134,9 +144,7 @@ class AdamW(Adam):
         **kwargs: Any,
     ) -> None:
         if weight_decay is None:
-            raise ValueError(
-                "Argument `weight_decay` must be a float. Received: weight_decay=None"
-            )
+            raise ValueError("Argument `weight_decay` must be a float. Received: weight_decay=None")
         super().__init__(
             learning_rate, beta_1, beta_2, epsilon, amsgrad, weight_decay=weight_decay, **kwargs
         )

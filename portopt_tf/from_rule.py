@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 
@@ -22,9 +22,10 @@ def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
         rule: A rule's class, or a rule, whose values become the defaults.
 
     Returns:
-        The class, the same one for the same rule, registered with Keras as
-        ``portopt.rules>{name of the rule}``. It takes ``learning_rate``, the other fields of the
-        rule, and what every Keras optimizer takes, all by keyword.
+        The class, the same one for the same rule, registered with Keras under the rule's name
+        (``portopt.rules>Adam``, or ``your.module>YourRule``). It takes ``learning_rate`` and
+        ``weight_decay``, the other fields of the rule by keyword, and what every Keras optimizer
+        takes.
 
     Raises:
         TypeError: ``rule`` is no rule.
@@ -48,16 +49,17 @@ def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
         if field.name in preset or field.default is not dataclasses.MISSING
     }
     own = [field.name for field in dataclasses.fields(rule_class) if field.name not in SHARED]
+    lr, decay = defaults.get("lr"), defaults["weight_decay"] or None
 
     class FromRule(Optimizer):
         __doc__ = f"`{rule_class.__name__}` as a Keras optimizer.\n\n{rule_class.__doc__}"
-        fields = {name: name for name in own}
-        fixed = {}
+        fields: ClassVar = {name: name for name in own}
+        fixed: ClassVar = {}
 
         def __init__(
             self,
-            learning_rate: Any = defaults.get("lr"),
-            weight_decay: float | None = defaults["weight_decay"] or None,
+            learning_rate: Any = lr,
+            weight_decay: float | None = decay,
             **kwargs: Any,
         ) -> None:
             values = {**defaults, **kwargs}
@@ -78,4 +80,6 @@ def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
 
     FromRule.rule_class = rule_class
     FromRule.__name__ = FromRule.__qualname__ = rule_class.__name__
-    return keras.saving.register_keras_serializable("portopt.rules", rule_class.__name__)(FromRule)
+    module = rule_class.__module__
+    package = "portopt.rules" if module.startswith("portopt.rules.") else module
+    return keras.saving.register_keras_serializable(package, rule_class.__name__)(FromRule)

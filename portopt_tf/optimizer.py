@@ -9,10 +9,13 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
-from portopt.arrays import compute_dtype
+from portopt.arrays import STORAGE_DTYPES, compute_dtype, namespace
 from portopt.program import Program
 from portopt.rules import HyperparameterError, Rule
 from portopt.trace import trace
+
+_KEEP_PROTOCOL = ("jax", "torch", "numpy")
+"""The backends with array API namespaces; there, keras.ops may turn float64 into float32."""
 
 
 class Optimizer(keras.optimizers.Optimizer):
@@ -43,8 +46,12 @@ class Optimizer(keras.optimizers.Optimizer):
     ) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
         for name, value in hyperparameters.items():
+            if hasattr(self, name):
+                raise TypeError(f"{name!r} cannot be a hyperparameter: Keras uses it for its own")
             setattr(self, name, value)
-        self._check(learning_rate)
+        rule = self._checked(learning_rate)
+        for name, field in self.fields.items():
+            setattr(self, name, getattr(rule, field, getattr(self, name)))
 
     def rule_of(self) -> tuple[type[Rule], dict[str, Any]]:
         """The rule that the attributes mean: its class, and the fields that they set but ``lr``."""
@@ -55,6 +62,8 @@ class Optimizer(keras.optimizers.Optimizer):
         """Create the slots of ``variables``, all zero and named ``{variable}_{slot}``."""
         if self.built:
             return
+        for variable in variables:
+            _check_dtype(variable)
         super().build(variables)
         rule_class, values = self.rule_of()
         wanted = rule_class.unchecked(**values).slots
@@ -72,13 +81,13 @@ class Optimizer(keras.optimizers.Optimizer):
         rule = rule_class.unchecked(**values)
         program = trace(rule)
         index = self._get_variable_index(variable)
-        # A gradient of slices becomes dense here, which sums the rows of a repeated index.
-        stored = {"param": variable, "grad": ops.convert_to_tensor(gradient)}
+        stored = {"param": variable, "grad": gradient}
         stored |= {slot: self._slots[slot][index] for slot in program.slots}
         dtype = compute_dtype(keras.backend.standardize_dtype(variable.dtype))
         scalars = _scalars(program, rule, self.iterations + 1, learning_rate, dtype)
         arrays = {key: ops.cast(array, dtype) for key, array in stored.items()}
-        for key, value in program.run(ops, scalars, arrays).items():
+        xp = namespace(arrays["param"]) if keras.backend.backend() in _KEEP_PROTOCOL else ops
+        for key, value in program.run(xp, scalars, arrays).items():
             self.assign(stored[key], value)
 
     def get_config(self) -> dict[str, Any]:
@@ -88,12 +97,24 @@ class Optimizer(keras.optimizers.Optimizer):
     def _apply_weight_decay(self, variables: Any) -> None:
         """Nothing: decay is a part of the rule."""
 
-    def _check(self, learning_rate: Any) -> None:
+    def _filter_empty_gradients(self, grads: Any, variables: Any) -> tuple[list[Any], list[Any]]:
+        """Keras's first look at the gradients, and so ours: nothing has changed yet."""
+        if len(grads) != len(variables):
+            raise ValueError(
+                f"`grads` must have one gradient for each of {len(variables)} variables. "
+                f"Received: {len(grads)}"
+            )
+        grads, variables = super()._filter_empty_gradients(grads, variables)
+        return [_dense(*pair) for pair in zip(grads, variables, strict=True)], variables
+
+    def _checked(self, learning_rate: Any) -> Rule:
         rule_class, values = self.rule_of()
-        if isinstance(learning_rate, float):  # a schedule's values are not known yet
+        if isinstance(learning_rate, float):
             values["lr"] = learning_rate
+        else:  # a schedule's values are not known yet
+            values["lr"] = getattr(rule_class, "lr", 1.0)
         try:
-            rule_class(**values)
+            return rule_class(**values)
         except HyperparameterError as error:
             names = {field: name for name, field in self.fields.items()} | {"lr": "learning_rate"}
             name = names.get(error.name, error.name)
@@ -103,24 +124,63 @@ class Optimizer(keras.optimizers.Optimizer):
             ) from error
 
 
+def _check_dtype(variable: Any) -> None:
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    if dtype not in STORAGE_DTYPES:
+        allowed = ", ".join(STORAGE_DTYPES)
+        raise TypeError(
+            f"variable {_path(variable)!r} must have a dtype among {allowed}, has {dtype}"
+        )
+
+
+def _dense(gradient: Any, variable: Any) -> Any:
+    """The gradient as a tensor: the rows that TensorFlow gives for an embedding are summed."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if isinstance(gradient, tf.IndexedSlices):
+            rows = variable.shape[0]
+            gradient = tf.math.unsorted_segment_sum(gradient.values, gradient.indices, rows)
+    gradient = ops.convert_to_tensor(gradient)
+    if not _fits(gradient.shape, variable.shape):
+        raise ValueError(
+            f"the gradient of {_path(variable)!r} must have the variable's shape "
+            f"{tuple(variable.shape)}, has {tuple(gradient.shape)}"
+        )
+    return gradient
+
+
+def _fits(shape: Any, expected: Any) -> bool:
+    """Whether ``shape`` is as expected, as far as it is known inside a ``tf.function``."""
+    if getattr(shape, "rank", 0) is None:
+        return True
+    return len(shape) == len(expected) and all(
+        size in (None, wanted) for size, wanted in zip(shape, expected, strict=True)
+    )
+
+
+def _path(variable: Any) -> str:
+    return getattr(variable, "path", variable.name)  # a tf.Variable has no path
+
+
 def _scalars(
     program: Program, rule: Rule, t: Any, learning_rate: Any, dtype: str
 ) -> dict[str, Any]:
     """The program's scalars: floats where ``t`` has a value, else 0-d tensors, from float64."""
     values = vars(rule)
-    if not _is_symbolic(t):
+    if not (_is_symbolic(t) or _is_symbolic(learning_rate)):
         return program.scalars({**values, "lr": float(learning_rate)}, int(t))
     with _float64():
 
-        def double(x: Any) -> Any:
-            return ops.cast(x, "float64")
+        def double(x: Any) -> Any:  # Keras would cast a float by way of float32
+            return x if isinstance(x, float) else ops.cast(x, "float64")
 
         scalars = program.scalars({**values, "lr": double(learning_rate)}, double(t), double)
         return {k: s if isinstance(s, float) else ops.cast(s, dtype) for k, s in scalars.items()}
 
 
-def _is_symbolic(t: Any) -> bool:
-    """Whether we are inside a ``tf.function`` or under ``jax.jit``: ``t`` has no value."""
+def _is_symbolic(x: Any) -> bool:
+    """Whether ``x`` has no value: inside a ``tf.function``, or transformed by JAX."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -128,7 +188,7 @@ def _is_symbolic(t: Any) -> bool:
     if keras.backend.backend() == "jax":
         import jax
 
-        return isinstance(t, jax.core.Tracer)
+        return isinstance(ops.convert_to_tensor(x), jax.core.Tracer)
     return False
 
 

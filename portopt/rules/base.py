@@ -184,12 +184,13 @@ def mean_square(xp: Namespace, old: Array, grad: Array, decay: float) -> Array:
     Once it has overflowed it stays infinite, so that its weight stands still; infinity minus
     infinity would make that weight NaN, and with it the whole model.
     """
-    return xp.where(old < math.inf, ema(old, grad * grad, decay), old)
+    new = ema(old, grad * grad, decay)
+    return xp.where(old < math.inf, new, old) if decay else new
 
 
 def is_zero(value: object) -> bool:
     """Whether a hyperparameter is zero; a 0-d array is not, as asking would wait for its device."""
-    return isinstance(value, int | float) and value == 0
+    return isinstance(value, numbers.Real) and value == 0
 
 
 Check = Callable[[str, Any], Any]

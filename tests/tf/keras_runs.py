@@ -1,0 +1,135 @@
+"""What the Keras tests share: pairs of a native optimizer and ours, and small runs of both."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import support
+from support import assert_agree, gradients, weights
+
+import portopt_tf
+
+CASES = {
+    "sgd": ("SGD", {}),
+    "momentum": ("SGD", {"momentum": 0.9}),
+    "nesterov": ("SGD", {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1}),
+    "rmsprop": ("RMSprop", {}),
+    "centered": ("RMSprop", {"centered": True, "momentum": 0.9, "rho": 0.95, "weight_decay": 0.1}),
+    "adam": ("Adam", {}),
+    "amsgrad": ("Adam", {"amsgrad": True, "beta_1": 0.8, "weight_decay": 0.1}),
+    "adamw": ("AdamW", {"epsilon": 1e-5}),
+}
+MODES = ("eager", "function", "xla")
+RUNS = [  # each case eagerly; what differs between them, in the slower ways too
+    *((label, "eager") for label in CASES),
+    *((label, mode) for mode in MODES[1:] for label in ("centered", "amsgrad")),
+]
+SHAPES = ((3, 4), (5,), ())
+
+
+def twins(name, **kwargs):
+    """The native optimizer and ours with the same arguments, exact also in float64.
+
+    Keras casts a float by way of float32, but not a NumPy scalar.
+    """
+    kwargs = {"learning_rate": 0.01, **kwargs}
+    cls = getattr(keras.optimizers, name)
+    for key in ("rho", "beta_1", "beta_2", "epsilon", "weight_decay"):
+        default = inspect.signature(cls).parameters.get(key)
+        if key not in kwargs and default is not None and default.default is not None:
+            kwargs[key] = default.default
+    kwargs = {k: np.float64(v) if isinstance(v, float) else v for k, v in kwargs.items()}
+    return cls(**kwargs), getattr(portopt_tf, name)(**kwargs)
+
+
+def case(label, **kwargs):
+    """The twins of an entry of `CASES`."""
+    name, own = CASES[label]
+    return twins(name, **own, **kwargs)
+
+
+def raw_variables(dtype="float64"):
+    import tensorflow as tf
+
+    return [
+        tf.Variable(weights(shape, seed), dtype=dtype, name=f"w{seed}")
+        for seed, shape in enumerate(SHAPES)
+    ]
+
+
+def apply_steps(optimizer, variables, steps=6, mode="eager", seed=0, change=None):
+    """Apply seeded gradients; ``change(step)`` is called before each step."""
+    import tensorflow as tf
+
+    optimizer.build(variables)
+
+    def apply(grads):
+        optimizer.apply(grads, variables)
+
+    if mode != "eager":
+        apply = tf.function(apply, jit_compile=mode == "xla")
+    streams = [gradients(v.shape, steps, seed + i) for i, v in enumerate(variables)]
+    for step, grads in enumerate(zip(*streams, strict=True)):
+        if change is not None:
+            change(step)
+        pairs = zip(grads, variables, strict=True)
+        apply([tf.constant(grad, variable.dtype) for grad, variable in pairs])
+    return variables
+
+
+def small_model(**kwargs):
+    layers = [
+        keras.layers.Dense(
+            size, kernel_initializer=keras.initializers.GlorotUniform(size), **kwargs
+        )
+        for size in (6, 2)
+    ]
+    tanh = keras.layers.Activation("tanh")
+    return keras.Sequential([keras.layers.Input((4,)), layers[0], tanh, layers[1]])
+
+
+def data(rows=24):
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((rows, 4))
+    return x, np.stack([x.sum(1), x.prod(1)], 1)
+
+
+def fit(optimizer, epochs=3, model=None, callbacks=(), **compile_args):
+    """Train the small model; returns it."""
+    model = model or small_model()
+    model.compile(optimizer, "mse", **compile_args)
+    x, y = data()
+    model.fit(x, y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, callbacks=[*callbacks])
+    return model
+
+
+def arrays(variables):
+    values = (v.numpy() if hasattr(v, "numpy") else v for v in variables)
+    return [np.asarray(value).astype(np.float64) for value in values]
+
+
+def assert_variables(actual, expected, kind, start=None):
+    actual, expected = list(actual), list(expected)
+    assert len(actual) == len(expected)
+    start = arrays(start) if start is not None else [None] * len(actual)
+    for index, (a, e) in enumerate(zip(arrays(actual), arrays(expected), strict=True)):
+        assert_agree(a, e, kind, start=start[index], what=f"variable {index}")
+
+
+def run_child(*args, **environment):
+    """Run a Python child on our packages; fails with its output unless it ends well."""
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(map(str, (root, Path(support.__file__).parent, root / "tests/tf")))
+    result = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:portopt_tf", *map(str, args)],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout

@@ -1,0 +1,38 @@
+"""A child process: `MirroredStrategy` on two logical CPU devices, native and ours."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras_runs import assert_variables, case, fit, small_model
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+keras.config.set_floatx("float64")
+keras.config.set_dtype_policy("float64")
+
+
+def loop(optimizer):
+    """A user's own loop: eager and inside a function."""
+    variable = tf.Variable(np.ones(3))
+    optimizer.build([variable])
+
+    def replica(scale):
+        rank = tf.distribute.get_replica_context().replica_id_in_sync_group
+        optimizer.apply([variable * scale * tf.cast(rank + 1, "float64")], [variable])
+
+    run = tf.function(lambda: strategy.run(replica, args=(0.5,)))
+    run()
+    run()
+    return variable
+
+
+results = []
+for index in range(2):
+    with strategy.scope():
+        model = fit(case("amsgrad")[index], epochs=2, model=small_model(), jit_compile=False)
+        assert len(model.weights[0].value.values) == 2
+        looped = loop(case("centered")[index])
+    results.append([*model.weights, looped])
+assert_variables(results[1], results[0], "float64")
+print("agreed")

@@ -1,0 +1,110 @@
+"""A child process: native and our optimizers on the backend that KERAS_BACKEND names."""
+
+import sys
+
+import keras
+import numpy as np
+from keras_runs import SHAPES, arrays, assert_variables, case, fit, small_model, twins
+from support import gradients, weights
+
+import portopt
+from portopt import rules
+
+backend = keras.backend.backend()
+
+
+def variables(dtype="float32"):
+    return [keras.Variable(weights(shape, seed), dtype=dtype) for seed, shape in enumerate(SHAPES)]
+
+
+def steps(optimizer, made, apply):
+    optimizer.build(made)
+    for grads in zip(*(gradients(v.shape, 6, i) for i, v in enumerate(made)), strict=True):
+        pairs = zip(grads, made, strict=True)
+        apply(optimizer, [keras.ops.convert_to_tensor(g, v.dtype) for g, v in pairs], made)
+    return made
+
+
+def eager(optimizer, grads, made):
+    optimizer.apply(grads, made)
+
+
+def jitted(optimizer, grads, made):
+    """Keras's stateless form, in which every value is symbolic."""
+    import jax
+
+    optimizer.jitted = getattr(optimizer, "jitted", None) or jax.jit(optimizer.stateless_apply)
+    state = [v.value for v in optimizer.variables]
+    new, state = optimizer.jitted(state, grads, [v.value for v in made])
+    for variable, value in zip([*made, *optimizer.variables], [*new, *state], strict=True):
+        variable.assign(value)
+
+
+def in_numpy(rule):
+    """The rule in float64, by the core's own optimizer."""
+    params = [weights(shape, seed).astype("float64") for seed, shape in enumerate(SHAPES)]
+    optimizer = portopt.Optimizer(rule, params)
+    streams = [gradients(a.shape, 6, i, "float64") for i, a in enumerate(params)]
+    for grads in zip(*streams, strict=True):
+        optimizer.step(grads)
+    return params
+
+
+def joined(variables):
+    return [np.concatenate([a.ravel() for a in arrays(variables)])]
+
+
+def check_precision(apply):
+    """In float32 all scalars come from float64: from 0.99999 as a float32, 1.3e-3 off."""
+    _, adam = twins("Adam", learning_rate=0.25, beta_2=0.99999)
+    actual = joined(steps(adam, variables(), apply))
+    expected = in_numpy(rules.Adam(lr=0.25, beta2=0.99999, eps=1e-7, eps_form="hat"))
+    assert_variables(actual, joined(expected), "float32", joined(variables()))
+    _, adam = twins("Adam", learning_rate=0.125)
+    half = [keras.Variable(np.ones(4), dtype="bfloat16")]
+    adam.build(half)
+    for _ in range(5):
+        apply(adam, [keras.ops.ones(4, "bfloat16")], half)
+    assert_variables(half, [np.full(4, 1 - 5 * 0.125)], "bfloat16", [np.ones(4)])
+
+
+def check_parity(apply, labels=("nesterov", "centered", "amsgrad"), **options):
+    """In float64 each case is the native."""
+    for label in labels:
+        optimizers = case(label, learning_rate=0.25, **options)
+        native, ours = (steps(o, variables("float64"), apply) for o in optimizers)
+        assert_variables(ours, native, "float64", arrays(variables("float64")))
+
+
+def check_fit(**compile_args):
+    decay = keras.optimizers.schedules.ExponentialDecay(np.float64(0.1), 4, 0.5)
+    optimizers = case("amsgrad", learning_rate=decay)
+    native, ours = (fit(o, epochs=2, **compile_args) for o in optimizers)
+    assert_variables(ours.weights, native.weights, "float64", arrays(small_model().weights))
+
+
+forms = (eager, jitted) if backend == "jax" else (eager,)
+for form in forms:
+    check_precision(form)
+
+keras.config.set_floatx("float64")
+keras.config.set_dtype_policy("float64")
+if backend == "jax":
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+if backend == "numpy":  # there Keras's own are not of float64 precision
+    rule = rules.Adam(lr=0.25, beta1=0.8, eps=1e-7, eps_form="hat", amsgrad=True)
+    _, ours = twins("Adam", learning_rate=0.25, beta_1=0.8, amsgrad=True)
+    assert_variables(steps(ours, variables("float64"), eager), in_numpy(rule), "float64")
+else:
+    check_parity(eager)
+    if backend == "jax":
+        check_parity(jitted, ("amsgrad",))
+    shared = {"use_ema": True, "ema_overwrite_frequency": 2, "loss_scale_factor": 4.0}
+    check_parity(eager, ("momentum", "amsgrad"), clipnorm=0.5, **shared)
+    check_parity(eager, ("adamw",), gradient_accumulation_steps=2, global_clipnorm=0.5)
+    check_fit(jit_compile=backend == "jax")
+
+assert "tensorflow" not in sys.modules
+print("agreed, without TensorFlow")
