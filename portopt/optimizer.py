@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cache, partial
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -111,10 +112,11 @@ class Optimizer:
         rules = [self._rule(_hyper(group)) for group in self.param_groups]
         programs = [trace(rule) for rule in rules]
         for rule, program, group in zip(rules, programs, self.param_groups, strict=True):
+            scalars = cache(partial(program.scalars, vars(rule)))  # once for each step count
             for name, param in group["params"].items():
                 if checked[name] is not None:
                     state = _state(self.state.get(name, {}), rule, param)
-                    _update(program, rule, param, checked[name], state)
+                    _update(program, scalars, param, checked[name], state)
                     self.state[name] = state
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,15 +216,18 @@ def _state(entries: Mapping[str, Any], rule: Rule, param: NDArray) -> dict[str, 
 
 
 def _update(
-    program: Program, rule: Rule, param: NDArray, grad: NDArray, state: dict[str, Any]
+    program: Program,
+    scalars: Callable[[int], dict[str, Any]],
+    param: NDArray,
+    grad: NDArray,
+    state: dict[str, Any],
 ) -> None:
     stored = {"param": param, "grad": grad, **{slot: state[slot] for slot in program.slots}}
     dtype = np.dtype(compute_dtype(param.dtype.name))
     # Plain arrays: a subclass may mean something else by an operator, as np.matrix does by *.
     arrays = {key: x.astype(dtype, copy=False, subok=False) for key, x in stored.items()}
-    scalars = program.scalars(vars(rule), state["step"] + 1)
     with np.errstate(all="ignore"):  # NaN and Inf propagate, as in every framework
-        new = program.run(cast(Namespace, np), scalars, arrays)
+        new = program.run(cast(Namespace, np), scalars(state["step"] + 1), arrays)
         for key, value in new.items():
             stored[key][...] = value
     state["step"] += 1

@@ -85,9 +85,9 @@ class Optimizer(torch.optim.Optimizer):
             for group, params in [(g, self._with_gradient(g)) for g in self.param_groups]:
                 cls, values = self.rule_of(group)
                 rule = cls.unchecked(**values)
-                program = trace(rule)
+                scalars = _Scalars(trace(rule), rule)
                 for param in params:
-                    self._update(group, rule, program, param)
+                    self._update(group, scalars, param)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -156,7 +156,8 @@ class Optimizer(torch.optim.Optimizer):
             _compute_dtype(param.dtype)
         return params
 
-    def _update(self, group: dict[str, Any], rule: Rule, program: Program, param: Tensor) -> None:
+    def _update(self, group: dict[str, Any], scalars: _Scalars, param: Tensor) -> None:
+        program = scalars.program
         state = self.state[param] if program.slots or self.keeps_step else {}
         t = self._count(group, state, param)
         for slot in program.slots:
@@ -168,7 +169,7 @@ class Optimizer(torch.optim.Optimizer):
         # Autograd may keep what the rule read, and what it read is about to be written.
         copy = torch.is_grad_enabled()
         arrays = {key: tensor.to(dtype, copy=copy) for key, tensor in stored.items()}
-        new = program.run(xp, _scalars(program, rule, t, dtype), arrays)
+        new = program.run(xp, scalars.at(t, dtype), arrays)
         for key, value in new.items():
             stored[key].copy_(value)
 
@@ -208,12 +209,24 @@ class Optimizer(torch.optim.Optimizer):
                         self.state[param][name] = value.detach().to(param.device, copy=True)
 
 
-def _scalars(program: Program, rule: Rule, t: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """The scalar part, on the host unless a graph, CUDA's or autograd's, must see it."""
-    number = _tensor if torch.is_tensor(t) or torch.is_grad_enabled() else _host
-    values = {name: number(getattr(rule, name)) for name in program.hyperparameters}
-    scalars = program.scalars(values, number(t), _tensor)
-    return {name: s.to(dtype) if torch.is_tensor(s) else s for name, s in scalars.items()}
+class _Scalars:
+    """The scalar part for one rule, evaluated once for all parameters of one step count."""
+
+    def __init__(self, program: Program, rule: Rule) -> None:
+        self.program, self.rule = program, rule
+        self._known: dict[tuple[Any, torch.dtype], dict[str, Any]] = {}
+
+    def at(self, t: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """On the host, unless a graph, CUDA's or autograd's, must see them."""
+        if (t, dtype) not in self._known:
+            number = _tensor if torch.is_tensor(t) or torch.is_grad_enabled() else _host
+            names = self.program.hyperparameters
+            values = {name: number(getattr(self.rule, name)) for name in names}
+            scalars = self.program.scalars(values, number(t), _tensor)
+            self._known[t, dtype] = {
+                name: s.to(dtype) if torch.is_tensor(s) else s for name, s in scalars.items()
+            }
+        return self._known[t, dtype]
 
 
 def _tensor(value: Any) -> Any:
