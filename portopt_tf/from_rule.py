@@ -14,7 +14,6 @@ from portopt_tf.optimizer import Optimizer
 SHARED = ("lr", "weight_decay")  # arguments of every Keras optimizer, under names of its own
 
 
-@cache
 def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
     """A ``keras.optimizers.Optimizer`` subclass that updates by ``rule``.
 
@@ -39,9 +38,14 @@ def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
         >>> print(variable.numpy())
         [0.98 1.02]
     """
-    rule_class = rule if isinstance(rule, type) else type(rule)
-    if not issubclass(rule_class, Rule):
+    if not issubclass(rule if isinstance(rule, type) else type(rule), Rule):
         raise TypeError(f"rule must be a portopt.Rule or a subclass of it, got {rule!r}")
+    return _class_of(rule)
+
+
+@cache
+def _class_of(rule: Rule | type[Rule]) -> type[Optimizer]:
+    rule_class = rule if isinstance(rule, type) else type(rule)
     preset = {} if isinstance(rule, type) else vars(rule)
     defaults = {
         field.name: preset.get(field.name, field.default)

@@ -85,6 +85,7 @@ class Undefined(Rule):
     [
         (lambda: portopt_tf.from_rule(3), TypeError, "rule must be a portopt.Rule"),
         (lambda: portopt_tf.from_rule(dict), TypeError, "rule must be a portopt.Rule"),
+        (lambda: portopt_tf.from_rule([]), TypeError, "rule must be a portopt.Rule"),
         (lambda: portopt_tf.from_rule(Lion)(0.1), TypeError, "missing argument 'beta2'"),
         (lambda: portopt_tf.from_rule(Lion)(beta2=0.5), ValueError, "Argument `learning_rate`"),
         (lambda: portopt_tf.from_rule(Lion)(0.1, beta2=1.0), ValueError, "`beta2` must be in"),
