@@ -7,6 +7,7 @@ the kinks of ReLU now and then blow the last bit of a weight up to 1e-4 of a los
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -195,12 +196,12 @@ class Difference:
 
 
 def differences(runs: list[Run], steps_per_epoch: int) -> list[Difference]:
-    """Every drop-in against its native, and every framework's rule against NumPy's."""
+    """Every drop-in against its native, and the rule in every framework against every other."""
     natives = {run.framework: run for run in runs if run.role == "native"}
     dropped_in = [run for run in runs if run.role == "drop-in"]
-    first, *others = [run for run in runs if run.role == "rule"]
+    same = itertools.combinations([run for run in runs if run.role == "rule"], 2)
     pairs = [(run, natives[run.framework], len(run.losses), NATIVE_LIMIT) for run in dropped_in]
-    pairs += [(run, first, steps_per_epoch, FRAMEWORK_LIMIT) for run in others]
+    pairs += [(b, a, steps_per_epoch, FRAMEWORK_LIMIT) for a, b in same]
     return [
         Difference(
             between=((a.framework, a.optimizer), (b.framework, b.optimizer)),

@@ -115,11 +115,18 @@ class Program:
 
         Raises:
             KeyError: a hyperparameter is not in ``values``.
+            ArithmeticError: a scalar is no real number: names the rule and the instruction.
         """
         env = {name: values[name] for name in self.hyperparameters} | {"t": t}
         for name, op, args in self.scalar_part:
-            value = OPS[op].meaning(None, *_read(env, args))
-            env[name] = number(value) if op == "less" else value
+            try:
+                value = OPS[op].meaning(None, *_read(env, args))
+                env[name] = number(value) if op == "less" else value
+                if isinstance(value, complex):
+                    raise ArithmeticError(f"it is {value}")
+            except ArithmeticError as error:
+                line = f"{name} = {op}{tuple(_read(env, args))}"
+                raise ArithmeticError(f"{self.rule}, step {t}: {line}: {error}") from error
         return {name: env[name] for name in self.scalar_names}
 
     def run(

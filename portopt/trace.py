@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from portopt.arrays import FUNCTIONS
-from portopt.program import SCALAR_OPS, Instruction, Kind, Program
+from portopt.program import OPS, SCALAR_OPS, Instruction, Kind, Program
 from portopt.rules.base import Rule, Slots, is_zero
 
 
@@ -50,6 +50,11 @@ def trace(rule: Rule) -> Program:
             new param = param_new, momentum_buffer = b
     """
     key = type(rule), rule.structure
+    try:
+        hash(key)
+    except TypeError as error:
+        name = type(rule).__name__
+        raise TraceError(f"{name} has a field that is not hashable: {error}") from error
     if key not in _programs:
         _programs[key] = _Tracer(rule).program()
     return _programs[key]
@@ -153,6 +158,8 @@ class _Tracer:
                 "xp.where, and nothing else does"
             )
         if "array" not in kinds:
+            if op == "where":
+                raise self.fail(f"computes where({shown}): one of the two choices must be an array")
             if op not in SCALAR_OPS:
                 raise self.fail(f"calls xp.{op} on the scalar {shown}: use **, * and + for scalars")
         elif op == "div" and kinds[1] == "scalar":
@@ -215,7 +222,16 @@ class _Functions:
             raise self._tracer.fail(
                 f"uses xp.{name}, which is not in the array protocol: it has {', '.join(FUNCTIONS)}"
             )
-        return lambda *args: self._tracer.record(name, *args)
+
+        def function(*args: Any, **keywords: Any) -> Symbol:
+            if keywords or len(args) != OPS[name].arity:
+                raise self._tracer.fail(
+                    f"calls xp.{name} with {len(args)} arguments and the keywords "
+                    f"{list(keywords)}: it takes {OPS[name].arity}, by position"
+                )
+            return self._tracer.record(name, *args)
+
+        return function
 
 
 class Symbol:
@@ -305,7 +321,7 @@ class Symbol:
         raise self.tracer.fail(f"calls numpy.{func.__name__}: use the namespace xp")
 
     def __getattr__(self, name: str) -> Any:
-        raise self.tracer.fail(f"uses .{name} of {self!r}, which is not in the array protocol")
+        raise self.tracer.fail(f"uses .{name} of {self!r}: it may use operators and xp's functions")
 
 
 def _refuse(names: str, what: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import fields
 from functools import cache
 from typing import Any, ClassVar
 
@@ -46,13 +46,10 @@ def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
 @cache
 def _class_of(rule: Rule | type[Rule]) -> type[Optimizer]:
     rule_class = rule if isinstance(rule, type) else type(rule)
-    preset = {} if isinstance(rule, type) else vars(rule)
-    defaults = {
-        field.name: preset.get(field.name, field.default)
-        for field in dataclasses.fields(rule_class)
-        if field.name in preset or field.default is not dataclasses.MISSING
-    }
-    own = [field.name for field in dataclasses.fields(rule_class) if field.name not in SHARED]
+    names = [field.name for field in fields(rule_class)]
+    preset = {} if isinstance(rule, type) else {name: getattr(rule, name) for name in names}
+    defaults = rule_class.defaults() | preset
+    own = [name for name in names if name not in SHARED]
     lr, decay = defaults.get("lr"), defaults["weight_decay"] or None
 
     class FromRule(Optimizer):

@@ -11,6 +11,9 @@ from portopt import rules
 from portopt_torch.optimizer import Optimizer
 
 Fields = tuple[type[rules.Rule], dict[str, Any]]
+FLAGS = ("amsgrad", "centered", "decoupled_weight_decay", "maximize", "nesterov")
+LATER = (*FLAGS, "momentum", "foreach", "capturable", "differentiable", "fused")
+"""What ``torch.optim`` fills in where a state of an older version lacks it."""
 
 
 class SGD(Optimizer):
@@ -21,6 +24,7 @@ class SGD(Optimizer):
     """
 
     keeps_step = False
+    may_lack = LATER
 
     def __init__(
         self,
@@ -68,6 +72,8 @@ class RMSprop(Optimizer):
     nothing here.
     """
 
+    may_lack = LATER
+
     def __init__(
         self,
         params: Any,
@@ -109,6 +115,8 @@ class Adam(Optimizer):
     nothing here; ``fused=True`` is refused.
     """
 
+    may_lack = LATER
+
     def __init__(
         self,
         params: Any,
@@ -145,7 +153,7 @@ class Adam(Optimizer):
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise TypeError(f"betas must be a pair of numbers in [0, 1), got {betas!r}")
-        decay = {"decoupled": group["decoupled_weight_decay"]}
+        decay = {"decoupled": _flag(group["decoupled_weight_decay"])}
         same = _same(group, "lr", "eps", "weight_decay", "amsgrad", "maximize")
         return rules.Adam, {**same, **decay, "beta1": betas[0], "beta2": betas[1]}
 
@@ -195,4 +203,9 @@ class AdamW(Adam):
 
 
 def _same(group: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: group[name] for name in names}
+    return {name: _flag(group[name]) if name in FLAGS else group[name] for name in names}
+
+
+def _flag(value: Any) -> Any:
+    """PyTorch takes any value for a flag; 0 and 1 are plain enough to be taken for one here."""
+    return bool(value) if isinstance(value, int) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copyreg import __newobj__  # type: ignore[attr-defined]
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -45,29 +45,24 @@ def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
 @cache
 def _class_of(rule: Rule | type[Rule]) -> type[Optimizer]:
     rule_class = rule if isinstance(rule, type) else type(rule)
-    preset = {} if isinstance(rule, type) else vars(rule)
+    names = [field.name for field in fields(rule_class)]
+    preset = {} if isinstance(rule, type) else {name: getattr(rule, name) for name in names}
+    defaults = rule_class.defaults() | preset
 
     class FromRule(Optimizer):
         __doc__ = f"`{rule_class.__name__}` as a ``torch.optim.Optimizer``.\n\n{rule_class.__doc__}"
 
         def __init__(self, params: Any, **hyperparameters: Any) -> None:
-            names = [field.name for field in fields(rule_class)]
             unknown = [name for name in hyperparameters if name not in names]
             if unknown:
                 raise TypeError(
                     f"unknown hyperparameter {unknown[0]!r}: {rule_class.__name__} has "
                     f"{', '.join(names)}"
                 )
-            defaults = {
-                field.name: field.default
-                for field in fields(rule_class)
-                if field.default is not MISSING
-            }
-            super().__init__(params, {**defaults, **preset, **hyperparameters})
+            super().__init__(params, {**defaults, **hyperparameters})
 
         @classmethod
         def rule_of(cls, group: Mapping[str, Any]) -> tuple[type[Rule], dict[str, Any]]:
-            names = [field.name for field in fields(rule_class)]
             return rule_class, {name: group[name] for name in names if name in group}
 
         def __reduce__(self) -> tuple[Any, ...]:

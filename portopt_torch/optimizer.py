@@ -43,6 +43,8 @@ class Optimizer(torch.optim.Optimizer):
 
     keeps_step: ClassVar[bool] = True
     """Whether ``state`` counts the steps, under "step" in a 0-d float tensor."""
+    may_lack: ClassVar[tuple[str, ...]] = ()
+    """What a loaded group may lack, as the native's of older versions do."""
 
     _loading = False
 
@@ -82,13 +84,21 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
-            for group, params in [(g, self._with_gradient(g)) for g in self.param_groups]:
-                cls, values = self.rule_of(group)
-                rule = cls.unchecked(**values)
-                scalars = _Scalars(trace(rule), rule)
+            work = [(g, self._with_gradient(g), self._scalars(g)) for g in self.param_groups]
+            for group, params, scalars in work:
                 for param in params:
                     self._update(group, scalars, param)
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer`` does; with zeros for slots turned on since the last step."""
+        for group in self.param_groups:
+            slots = self._scalars(group).program.slots
+            for param in group["params"]:
+                if self.state.get(param):
+                    _add_slots(self.state[param], slots, param)
+        state: dict[str, Any] = super().state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of its native twin; tensors keep the dtype they have there.
@@ -142,11 +152,16 @@ class Optimizer(torch.optim.Optimizer):
         try:
             cls(**{name: _host(value) for name, value in values.items()})
         except HyperparameterError as error:
-            if error.name not in NATIVE_WORDS:
-                raise
             kind = TypeError if isinstance(error, TypeError) else ValueError
+            if error.name not in NATIVE_WORDS or (kind is TypeError and error.name == "nesterov"):
+                raise
             words = f"{NATIVE_WORDS[error.name]}: {error.value}"
             raise kind(f"{words} ({error.name} must be {error.allowed})") from error
+
+    def _scalars(self, group: Mapping[str, Any]) -> _Scalars:
+        cls, values = self.rule_of(group)
+        rule = cls.unchecked(**values)
+        return _Scalars(trace(rule), rule)
 
     def _with_gradient(self, group: Mapping[str, Any]) -> list[Tensor]:
         params = [param for param in group["params"] if param.grad is not None]
@@ -159,10 +174,8 @@ class Optimizer(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], scalars: _Scalars, param: Tensor) -> None:
         program = scalars.program
         state = self.state[param] if program.slots or self.keeps_step else {}
-        t = self._count(group, state, param)
-        for slot in program.slots:
-            if state.get(slot) is None:
-                state[slot] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        t = self._count(group, state, param, program.slots)
+        _add_slots(state, program.slots, param)
         stored = {"param": param, "grad": param.grad, **{s: state[s] for s in program.slots}}
         stored = {k: torch.view_as_real(v) if v.is_complex() else v for k, v in stored.items()}
         dtype = _compute_dtype(param.dtype)
@@ -173,12 +186,14 @@ class Optimizer(torch.optim.Optimizer):
         for key, value in new.items():
             stored[key].copy_(value)
 
-    def _count(self, group: Mapping[str, Any], state: dict[str, Any], param: Tensor) -> Any:
+    def _count(
+        self, group: Mapping[str, Any], state: dict[str, Any], param: Tensor, slots: tuple[str, ...]
+    ) -> Any:
         """The number of this step; a 0-d tensor where it must stay on the device."""
         if not self.keeps_step:
             # What a rule without a count may ask: is it the first? (torch.optim.SGD once saved
             # a momentum_buffer of None.)
-            return 1 if all(value is None for value in state.values()) else 2
+            return 1 if all(state.get(slot) is None for slot in slots) else 2
         if "step" not in state:
             state["step"] = _zero_steps(group, param)
         state["step"] += 1
@@ -189,10 +204,14 @@ class Optimizer(torch.optim.Optimizer):
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             return  # the base class has its own words for it
         for ours, theirs in zip(self.param_groups, groups, strict=True):
+            lacking = [key for key in self.defaults if key not in (*theirs, *self.may_lack)]
+            if lacking:
+                raise ValueError(
+                    f"loaded parameter group must have {lacking[0]!r}: it has {list(theirs)}"
+                )
             group = {**self.defaults, **theirs, "fused": None}  # it changes nothing but the speed
             self._check(group)
-            cls, values = self.rule_of(group)
-            slots = cls.unchecked(**values).slots
+            slots = self._scalars(group).program.slots
             for key, param in zip(theirs["params"], ours["params"], strict=True):
                 state = state_dict["state"].get(key) or {}
                 if any(value is not None for value in state.values()):
@@ -260,6 +279,12 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _zero_steps(group: Mapping[str, Any], param: Tensor) -> Tensor:
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.zeros((), dtype=dtype, device=param.device if group.get("capturable") else "cpu")
+
+
+def _add_slots(state: dict[str, Any], slots: tuple[str, ...], param: Tensor) -> None:
+    for slot in slots:
+        if state.get(slot) is None:
+            state[slot] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
 
 def _check_slots(key: Any, state: Mapping[str, Any], slots: tuple[str, ...], param: Tensor) -> None:

@@ -2,9 +2,11 @@
 
 from portopt.rules.adam import Adam, AdamW
 from portopt.rules.base import (
+    Decay,
     HyperparameterError,
     HyperparameterTypeError,
     Interval,
+    NonNegative,
     Rule,
     Slots,
 )
@@ -15,10 +17,12 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Decay",
     "HyperparameterError",
     "HyperparameterTypeError",
     "Interval",
     "Momentum",
+    "NonNegative",
     "RMSprop",
     "Rule",
     "Slots",

@@ -16,7 +16,7 @@ class Adam(Rule):
     Update::
 
         m = beta1 * m + (1 - beta1) * grad
-        v = beta2 * v + (1 - beta2) * grad**2
+        v = beta2 * v + (1 - beta2) * grad**2      # once infinite, it stays so
         v_max = max(v_max, v)                      # amsgrad only; then v_max stands for v below
         m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
         param = param - lr * m_hat / (sqrt(v_hat) + eps)                 # eps_form "outside"
@@ -47,8 +47,8 @@ class Adam(Rule):
         HyperparameterError: a hyperparameter out of its range or not among its choices.
 
     Differs from:
-        PyTorch: the defaults are ``torch.optim.Adam``. Keras: ``eps_form="hat", decoupled=True`` is
-        ``keras.optimizers.Adam``. Paper of AMSGrad: ``v`` is not corrected there, and here is.
+        PyTorch: the defaults are ``torch.optim.Adam``. Keras: ``eps_form="hat", eps=1e-7,
+        decoupled=True`` is ``keras.optimizers.Adam``, whose infinite ``v`` becomes NaN. Paper of AMSGrad: ``v`` is not corrected there, and here is.
 
     Source:
         Kingma & Ba 2015, "Adam: A Method for Stochastic Optimization", algorithm 1, and the end of
@@ -105,8 +105,8 @@ class AdamW(Adam):
     default.
 
     Differs from:
-        PyTorch: the defaults are ``torch.optim.AdamW``. Keras: ``eps_form="hat"`` is
-        ``keras.optimizers.AdamW``, whose default decay is 0.004. Paper: no schedule multiplier.
+        PyTorch: the defaults are ``torch.optim.AdamW``. Keras: ``eps_form="hat", eps=1e-7,
+        weight_decay=0.004`` is ``keras.optimizers.AdamW``. Paper: no schedule multiplier.
 
     Source:
         Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2.

@@ -6,7 +6,7 @@ import abc
 import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import (
     TYPE_CHECKING,
@@ -162,10 +162,21 @@ class Rule(abc.ABC):
         )
 
     @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The fields that need not be given, with their values."""
+        found: dict[str, Any] = {}
+        for field in fields(cls):
+            if field.default is not MISSING:
+                found[field.name] = field.default
+            elif field.default_factory is not MISSING:
+                found[field.name] = field.default_factory()
+        return found
+
+    @classmethod
     def unchecked(cls, **values: Any) -> Self:
         """A rule of any values: symbols, 0-d arrays, a schedule's next value."""
         rule = object.__new__(cls)
-        rule.__dict__.update({field.name: field.default for field in fields(cls)} | values)
+        rule.__dict__.update(cls.defaults() | values)
         return rule
 
 
@@ -201,14 +212,20 @@ def _fields(cls: type[Rule]) -> dict[str, tuple[bool, Check]]:
     """For each field of a rule: whether it is a float, and the function that checks it."""
     hints = get_type_hints(cls, include_extras=True)
     table: dict[str, tuple[bool, Check]] = {}
+    bases = [base for base in cls.__mro__[1:] if issubclass(base, Rule)]
     for field in fields(cls):
+        if field.name == "params":
+            raise TypeError(f"{cls.__name__}: a field cannot be named 'params', as parameters are")
         hint = hints[field.name]
-        interval = REAL
+        intervals: list[Interval] = []
         if get_origin(hint) is Annotated:
             hint, *notes = get_args(hint)
-            interval = next((note for note in notes if isinstance(note, Interval)), REAL)
-        if hint is float:
-            table[field.name] = (True, _float_in(interval))
+            intervals = [note for note in notes if isinstance(note, Interval)]
+        inherited = [base for base in bases if field.name in _fields(base)]
+        if hint is float and inherited and not intervals:
+            table[field.name] = _fields(inherited[0])[field.name]  # with its range
+        elif hint is float:
+            table[field.name] = (True, _float_in(intervals[0] if intervals else REAL))
         elif hint is bool:
             table[field.name] = (False, _bool)
         elif get_origin(hint) is Literal:

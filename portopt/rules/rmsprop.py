@@ -15,7 +15,7 @@ class RMSprop(Rule):
 
     Update::
 
-        v = alpha * v + (1 - alpha) * grad**2
+        v = alpha * v + (1 - alpha) * grad**2                       # once infinite, it stays so
         a = alpha * a + (1 - alpha) * grad                          # centered only
         spread = max(v - a**2, 0) if centered else v
         scaled = grad / (sqrt(spread) + eps)                        # eps_form "outside"
@@ -50,7 +50,9 @@ class RMSprop(Rule):
 
     Differs from:
         PyTorch: the defaults are ``torch.optim.RMSprop``. Keras: ``eps_form="inside",
-        buffer="velocity"`` is ``keras.optimizers.RMSprop``.
+        buffer="velocity", lr=1e-3, alpha=0.9, eps=1e-7, decoupled=True`` is
+        ``keras.optimizers.RMSprop``. Both: where rounding leaves a spread below zero they take its
+        root, which is NaN.
 
     Source:
         Tieleman & Hinton 2012, "Neural Networks for Machine Learning", lecture 6.5, slide 29.

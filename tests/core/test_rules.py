@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import importlib.util
@@ -12,7 +13,13 @@ import pkgutil
 import re
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from dataclasses import (
+    FrozenInstanceError,
+    dataclass,
+    fields,
+    make_dataclass,
+    replace,
+)
 from fractions import Fraction
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
@@ -654,3 +661,34 @@ def test_doctests(name):
 def test_there_are_doctests():
     examples = [doctest.DocTestFinder().find(cls)[0].examples for cls in CLASSES]
     assert all(examples)
+
+
+def test_a_bare_float_keeps_the_range_of_the_field_it_redeclares():
+    cls = dataclass(frozen=True, kw_only=True)(
+        type("Custom", (SGD,), {"__annotations__": {"lr": float}, "lr": 0.5})
+    )
+    with pytest.raises(ValueError, match=r"lr must be in \[0, inf\), got -1"):
+        cls(lr=-1)
+
+
+def test_a_default_factory_is_a_default():
+    cls = make_dataclass(
+        "Custom",
+        [("steps", tuple, dataclasses.field(default_factory=lambda: (1,)))],
+        bases=(SGD,),
+        frozen=True,
+        kw_only=True,
+    )
+    assert cls.unchecked().steps == cls().steps == (1,)
+
+
+def test_a_scalar_that_is_no_real_number():
+    class Custom(SGD):
+        def update(self, xp, t, param, grad, slot):
+            return param - (self.lr - 1) ** 0.5 * (1 / (t - 2)) * grad, {}
+
+    program = trace(Custom(lr=0.5))
+    with pytest.raises(ArithmeticError, match=r"Custom, step 1: s\d = pow\(-0.5, 0.5\): it is"):
+        program.scalars({**vars(Custom(lr=0.5))}, 1)
+    with pytest.raises(ArithmeticError, match=r"Custom, step 2: s\d = div\(1, 0\): division"):
+        program.scalars({**vars(Custom(lr=2.0))}, 2)

@@ -19,6 +19,9 @@ from twins import (
     train,
 )
 
+import portopt_torch
+from portopt import rules
+
 GRADS = make_grads(steps=8)
 
 
@@ -159,3 +162,42 @@ def test_loading_after_the_parameters_changed_dtype():
     train(mine, make_grads(steps=8, dtype=torch.float64)[2:])
     never = train(native("Adam")(make_params()), GRADS)
     assert_params_agree(wide, never.param_groups[0]["params"])
+
+
+@pytest.mark.parametrize(
+    ("name", "switched_on"),
+    [
+        ("RMSprop", {"momentum": 0.9}),
+        ("RMSprop", {"centered": True}),
+        ("Adam", {"amsgrad": True}),
+        ("SGD", {"momentum": 0.9}),
+    ],
+)
+def test_a_slot_turned_on_since_the_last_step_is_saved(name, switched_on):
+    optimizer = train(ours(name)(make_params()), make_grads(steps=2))
+    optimizer.param_groups[0].update(switched_on)
+    fresh = ours(name)(copy.deepcopy(optimizer.param_groups[0]["params"]), **switched_on)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    more = make_grads(steps=3)
+    first, second = (train(o, more).param_groups[0]["params"] for o in (fresh, optimizer))
+    assert_params_agree(first, second, "same")
+
+
+def test_a_state_of_other_hyperparameters_is_refused():
+    native_adamw = train(torch.optim.AdamW(make_params(), betas=(0.5, 0.9)), make_grads(steps=1))
+    generic = portopt_torch.from_rule(rules.Adam)(make_params())
+    with pytest.raises(ValueError, match="loaded parameter group must have 'decoupled'"):
+        generic.load_state_dict(native_adamw.state_dict())
+    drop_in = portopt_torch.Adam(make_params())
+    with pytest.raises(ValueError, match="loaded parameter group must have 'betas'"):
+        drop_in.load_state_dict(generic.state_dict())
+
+
+def test_an_entry_of_the_users_in_the_state_is_no_momentum():
+    options = {"lr": 1.0, "momentum": 0.9, "dampening": 0.5}
+    tagged, plain = (portopt_torch.SGD(make_params(), **options) for _ in range(2))
+    for param in tagged.param_groups[0]["params"]:
+        tagged.state[param]["tag"] = 1
+    grads = make_grads(steps=3)
+    first, second = (train(o, grads).param_groups[0]["params"] for o in (tagged, plain))
+    assert_params_agree(first, second, "same")
