@@ -48,7 +48,8 @@ class Adam(Rule):
 
     Differs from:
         PyTorch: the defaults are ``torch.optim.Adam``. Keras: ``eps_form="hat", eps=1e-7,
-        decoupled=True`` is ``keras.optimizers.Adam``, whose infinite ``v`` becomes NaN. Paper of AMSGrad: ``v`` is not corrected there, and here is.
+        decoupled=True`` is ``keras.optimizers.Adam``, whose infinite ``v`` becomes NaN.
+        Paper of AMSGrad: ``v`` is not corrected there, and here is.
 
     Source:
         Kingma & Ba 2015, "Adam: A Method for Stochastic Optimization", algorithm 1, and the end of

@@ -41,5 +41,6 @@ def test_snippet_runs(snippet, tmp_path):
 def test_the_readme_shows_what_its_first_snippet_prints():
     readme = (ROOT / "README.md").read_text()
     namespace = {"__name__": __name__}
-    exec(re.search(r"```python\n(.*?)```", readme, re.S)[1], namespace)
+    snippet = re.search(r"```python\n(.*?)```", readme, re.S)[1]
+    exec(compile(snippet, "README.md", "exec", dont_inherit=True), namespace)
     assert f"```\n{trace(namespace['Lion']())}\n```" in readme
