@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from portopt import __version__, worker
+from portopt import __version__, demo, parity, plots, worker
 from portopt.rules import Rule
 
 NAMES = {"torch": "PyTorch", "keras": "Keras"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0 if all it checks holds, 1 if not, 2 for bad usage."""
+    """Run a command.
+
+    Returns:
+        The exit status: 0 if all that it checks holds, 1 if parity is lost, 2 if it could not be
+        checked, 130 if it was interrupted.
+    """
     parser = argparse.ArgumentParser(
         prog="portopt", description="Optimizers written once, run natively everywhere."
     )
@@ -25,69 +32,83 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("demo", help="train on digits in every framework, and compare")
-    command.add_argument(
-        "--rule",
-        choices=["sgd", "momentum", "rmsprop", "adam", "adamw"],
-        default="adam",
-        help="default: adam",
-    )
+    command.add_argument("--rule", choices=demo.CASES, default="adam", help="default: adam")
     command.add_argument("--epochs", type=_positive, default=15, help="default: 15")
     command.add_argument(
         "--plot",
-        type=Path,
-        default=Path("demo.png"),
+        type=_picture,
+        default="demo.png",
         metavar="FILE",
-        help="where the picture goes; default: demo.png",
+        help="where the picture goes (.png, .svg or .pdf); default: demo.png",
     )
-    command.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    command.add_argument("--json", type=_output, metavar="FILE", help="write everything as JSON")
     command.set_defaults(run=_demo)
 
     command = commands.add_parser("parity", help="distance of every rule from float64")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
+    command.add_argument("--json", type=_output, metavar="FILE", help="write the table as JSON")
     command.set_defaults(run=_parity)
 
     arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (ModuleNotFoundError, worker.WorkerError, OSError) as error:
+    except (ModuleNotFoundError, OSError) as error:
         print(f"portopt: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nportopt: interrupted", file=sys.stderr)
+        return 130
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
 
 
-def _installed() -> list[str]:
-    """The frameworks that can be used; says which cannot."""
-    found = []
+def _output(text: str) -> Path:
+    """A file to write, which is found out before the work and not after it."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be a file that can be written, got {text}")
+    return path
+
+
+def _picture(text: str) -> Path:
+    path = _output(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"must end with .png, .svg or .pdf, got {text}")
+    return path
+
+
+Failures = list[worker.WorkerError]
+
+
+def _each_framework() -> Iterator[str]:
+    """The frameworks that can be used; says which cannot, and that each of the others starts."""
     for framework, name in NAMES.items():
         absent = worker.missing(framework)
-        if absent is None:
-            found.append(framework)
-        else:
+        if absent is not None:
             print(f"{name} is left out: {absent} is not installed")
-    return found
+            continue
+        _status(f"{name} starts ...")
+        yield framework
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from portopt import demo
-
     task = demo.digits(arguments.epochs)
     case = demo.CASES[arguments.rule]
-    frameworks = _installed()
+    failures: Failures = []
 
     def progress(run: str, epoch: int, loss: float) -> None:
         text = f"{run:36} epoch {epoch}/{task.epochs}  loss {loss:.4f}"
         _status(text, last=epoch == task.epochs)
 
     runs = demo.train_numpy(case, task, progress)
-    for framework in frameworks:
-        _status(f"{NAMES[framework]} starts ...")
-        runs += demo.train_child(framework, arguments.rule, arguments.epochs, progress)
+    for framework in _each_framework():
+        try:
+            runs += demo.train_child(framework, arguments.rule, arguments.epochs, progress)
+        except worker.WorkerError as error:
+            failures.append(error)
 
     found = demo.differences(runs, task.steps_per_epoch)
     print()
@@ -119,31 +140,24 @@ def _demo(arguments: argparse.Namespace) -> int:
                 for d in found
             ],
         )
-    try:
-        from portopt import plots
-
-        plots.loss_curves(runs, found, task.steps_per_epoch).savefig(arguments.plot, dpi=120)
-        print(f"\nThe curves are in {arguments.plot}")
-    except ModuleNotFoundError as error:
-        print(f"\nNo picture: {error}")
     results = {
         "rule": str(case.rule),
         "runs": [asdict(run) for run in runs],
         "differences": [asdict(d) | {"passed": d.passed} for d in found],
     }
-    return _finish(results, arguments.json, [d.passed for d in found])
+    _write(results, arguments.json)
+    try:
+        plots.loss_curves(runs, found, task.steps_per_epoch).savefig(arguments.plot, dpi=120)
+        print(f"\nThe curves are in {arguments.plot}")
+    except (ModuleNotFoundError, OSError) as error:
+        print(f"\nNo picture: {error}")
+    return _verdict([d.passed for d in found], failures)
 
 
 def _parity(arguments: argparse.Namespace) -> int:
-    from portopt import parity
-
-    frameworks = _installed()
-    if not frameworks:
-        raise ModuleNotFoundError(
-            "there is no native optimizer to compare with: pip install 'portable-optimizers[torch]'"
-        )
     answers = {}
-    for framework in frameworks:
+    failures: Failures = []
+    for framework in _each_framework():
         done = 0
 
         def progress(case: str, framework: str = framework) -> None:
@@ -152,8 +166,14 @@ def _parity(arguments: argparse.Namespace) -> int:
             total = len(parity.CASES)
             _status(f"{NAMES[framework]}: {done} of {total} cases", last=done == total)
 
-        _status(f"{NAMES[framework]} starts ...")
-        answers[framework] = parity.ask(framework, progress)
+        try:
+            answers[framework] = parity.ask(framework, progress)
+        except worker.WorkerError as error:
+            failures.append(error)
+    if not answers and not failures:
+        raise ModuleNotFoundError(
+            "there is no native optimizer to compare with: pip install torch, or tensorflow"
+        )
 
     backends: dict[str, Callable[[Rule], parity.Arrays]] = {"numpy": parity.on_numpy}
     if worker.missing("jax") is None:
@@ -166,29 +186,30 @@ def _parity(arguments: argparse.Namespace) -> int:
         table.append(row)
         _status(f"judged: {len(table)} rows")
     _status(f"judged: {len(table)} rows", last=True)
-    print()
-    _print_table(
-        ["rule", "options", "backend", "native", "ours", "native's", "ratio", "slots", ""],
-        [
+    for title, rows in itertools.groupby(
+        table, lambda r: f"{r.rule}({r.options}) against {r.native}"
+    ):
+        print(f"\n{title}")
+        _print_table(
+            ["  backend", "ours", "native's", "ratio", "slots", ""],
             [
-                r.rule,
-                r.options,
-                r.backend,
-                r.native,
-                f"{r.ours:.2e}",
-                f"{r.theirs:.2e}",
-                f"{r.ratio:.3f}",
-                f"{r.slot_ratio:.3f}",
-                _word(r),
-            ]
-            for r in table
-        ],
-    )
+                [
+                    f"  {r.backend}",
+                    f"{r.ours:.2e}",
+                    f"{r.theirs:.2e}",
+                    f"{r.ratio:.3f}",
+                    f"{r.slot_ratio:.3f}",
+                    _word(r),
+                ]
+                for r in rows
+            ],
+        )
     print(
         "\nours, native's: distance from float64, relative to the movement; ratio: at most "
         f"{parity.LIMIT}; slots: the same ratio for the slots, at most {parity.SLOT_LIMIT}"
     )
-    return _finish(parity.as_json(table), arguments.json, [row.passed for row in table])
+    _write(parity.as_json(table), arguments.json)
+    return _verdict([row.passed for row in table], failures)
 
 
 def _status(text: str, last: bool = False) -> None:
@@ -210,13 +231,19 @@ def _print_table(head: list[str], lines: list[list[str]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def _finish(results: Any, path: Path | None, passed: list[bool]) -> int:
+def _write(results: Any, path: Path | None) -> None:
     if path is not None:
         path.write_text(json.dumps(results, indent=1) + "\n")
-    if not passed:
-        print("\nThere is nothing to compare with.")
-    elif all(passed):
-        print("\nParity holds.")
-    else:
+
+
+def _verdict(passed: list[bool], failures: Failures) -> int:
+    """Say the result; its exit status."""
+    for failure in failures:
+        print(f"\nportopt: {failure}", file=sys.stderr)
+    if not all(passed):
         print("\nPARITY IS LOST: see the lines marked FAILED.")
-    return 0 if all(passed) else 1
+    elif not passed:
+        print("\nThere is nothing to compare with.")
+    elif not failures:
+        print("\nParity holds.")
+    return 1 if not all(passed) else 2 if failures else 0

@@ -85,13 +85,13 @@ def digits(epochs: int) -> Task:
     """The task, the same in every process.
 
     Raises:
-        ModuleNotFoundError: scikit-learn is missing; names the extra that brings it.
+        ModuleNotFoundError: scikit-learn is missing; names it.
     """
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the digits come with scikit-learn: pip install 'portable-optimizers[plot]'"
+            "the digits come with scikit-learn: pip install scikit-learn"
         ) from error
     x, y = load_digits(return_X_y=True)
     rng = np.random.default_rng(0)

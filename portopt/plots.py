@@ -22,14 +22,12 @@ def loss_curves(runs: list[Run], found: list[Difference], steps_per_epoch: int) 
         steps_per_epoch: The number of batches of an epoch.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing; names the extra that brings it.
+        ModuleNotFoundError: matplotlib is missing; names it.
     """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plots need matplotlib: pip install 'portable-optimizers[plot]'"
-        ) from error
+        raise ModuleNotFoundError("plots need matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     # The curves lie on each other: the first is drawn widest, so that all are seen.

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 MARK = "portopt-event "
@@ -31,8 +32,18 @@ def missing(framework: str) -> str | None:
     """The module to install before ``framework`` can be used here, or None if it is all there."""
     needed = [framework]
     if framework == "keras":
-        needed.append(os.environ.get("KERAS_BACKEND", "tensorflow"))
+        needed.append(keras_backend())
     return next((name for name in needed if importlib.util.find_spec(name) is None), None)
+
+
+def keras_backend() -> str:
+    """The backend that Keras would run on: as its environment or configuration file says."""
+    folder = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
+    try:
+        configured = json.loads((folder / "keras.json").read_text()).get("backend")
+    except (OSError, ValueError):
+        configured = None
+    return os.environ.get("KERAS_BACKEND") or configured or "tensorflow"
 
 
 def emit(**event: Any) -> None:
@@ -50,8 +61,11 @@ def events(module: str, spec: Event) -> Iterator[Event]:
     Raises:
         WorkerError: the child ended with an error.
     """
-    command = [sys.executable, "-m", module, json.dumps(spec)]
-    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ}
+    # The child looks for modules where we do, and not in the current folder because of "-m".
+    safe = ["-P"] if sys.version_info >= (3, 11) else []
+    command = [sys.executable, *safe, "-m", module, json.dumps(spec)]
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "PYTHONPATH": path}
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(

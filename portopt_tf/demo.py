@@ -27,7 +27,7 @@ class LastBatch(keras.metrics.Metric):
         self.loss.assign(keras.ops.mean(losses))
 
     def result(self) -> Any:
-        return self.loss
+        return self.loss.value
 
 
 def train(case: Case, task: Task, progress: Progress) -> Iterator[Run]:

@@ -21,7 +21,8 @@ def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
         rule: A rule's class, or a rule, whose values become the defaults.
 
     Returns:
-        The class, the same one for the same rule, registered with Keras under the rule's name
+        The class, the same one for the same rule, registered from now on with Keras (call
+        `from_rule` before you load a model that was saved with it) under the rule's name
         (``portopt.rules>Adam``, or ``your.module>YourRule``). It takes ``learning_rate`` and
         ``weight_decay``, the other fields of the rule by keyword, and what every Keras optimizer
         takes.

@@ -36,7 +36,7 @@ class Optimizer(keras.optimizers.Optimizer):
     rule_class: ClassVar[type[Rule]]
     fields: ClassVar[Mapping[str, str]]
     """For each hyperparameter, under its name in Keras, the field of the rule."""
-    fixed: ClassVar[Mapping[str, Any]] = {"decoupled": True}
+    fixed: ClassVar[Mapping[str, Any]]
     """Fields of the rule that make it Keras's."""
     slot_names: ClassVar[tuple[Mapping[str, str], ...]]
     """Names of the slots in Keras; one mapping for those that it creates variable by variable."""

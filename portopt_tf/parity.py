@@ -32,6 +32,8 @@ def run(optimizer: Any, dtype: str, slots: Any = None) -> Arrays:
         slots.build(list(variables.values()))
     for grad in grads:
         optimizer.apply([keras.ops.convert_to_tensor(grad[name]) for name in variables])
+    if any(keras.backend.standardize_dtype(v.dtype) != dtype for v in optimizer.variables[2:]):
+        raise TypeError(f"Keras on {keras.backend.backend()} did not compute in {dtype}")
     results = dict(variables)
     for slot, ours in slots._slots.items():
         for name, variable in zip(variables, ours, strict=True):
@@ -66,4 +68,8 @@ def ours(rule: Rule) -> Arrays:
 
 
 if __name__ == "__main__":
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)  # or the reference would be float32
     answer("keras", native, ours, json.loads(sys.argv[1])["path"])

@@ -60,13 +60,63 @@ def test_demo_names_what_is_not_installed(monkeypatch, capsys, tmp_path):
 def test_parity_without_natives_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(worker, "missing", lambda framework: framework)
     assert cli.main(["parity"]) == 2
-    assert "pip install 'portable-optimizers[torch]'" in capsys.readouterr().err
+    assert "pip install torch" in capsys.readouterr().err
+
+
+def test_a_framework_that_fails_does_not_lose_the_others(monkeypatch, capsys, tmp_path):
+    def broken(framework, *rest):
+        raise worker.WorkerError(f"{framework} ended with status 1")
+
+    monkeypatch.setattr(worker, "missing", lambda framework: None)
+    monkeypatch.setattr(demo, "train_child", broken)
+    files = ["--plot", str(tmp_path / "demo.png"), "--json", str(tmp_path / "demo.json")]
+    assert cli.main(["demo", "--epochs", "1", *files]) == 2
+    results = json.loads((tmp_path / "demo.json").read_text())
+    assert [run["framework"] for run in results["runs"]] == ["NumPy"]
+    assert "portopt: keras ended with status 1" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_without_a_traceback(monkeypatch, capsys):
+    def interrupt(epochs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "digits", interrupt)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "\nportopt: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "configured", "backend"),
+    [(None, None, "tensorflow"), ("", "torch", "torch"), ("jax", "torch", "jax")],
+)
+def test_the_backend_of_keras(monkeypatch, tmp_path, variable, configured, backend):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("KERAS_BACKEND", variable)
+    if configured:
+        (tmp_path / "keras.json").write_text(json.dumps({"backend": configured}))
+    assert worker.keras_backend() == backend
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["demo", "--epochs", "1"], ["parity"]], ids=lambda c: c[0])
+def test_commands_on_keras_with_jax(monkeypatch, tmp_path, command):
+    for needed in ("keras", "jax"):
+        pytest.importorskip(needed)
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    done = portopt(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["demo", "--epochs", "0"], "must be at least 1, got 0"),
+        (["demo", "--epochs", "0"], "must be a whole number of at least 1, got 0"),
+        (["demo", "--epochs", "2.5"], "must be a whole number of at least 1, got 2.5"),
+        (["demo", "--plot", "curves.xyz"], "must end with .png, .svg or .pdf, got curves.xyz"),
+        (["demo", "--plot", "nowhere/x.png"], "must be a file that can be written, got nowhere"),
+        (["parity", "--json", "nowhere/x.json"], "must be a file that can be written, got nowhere"),
         (["demo", "--rule", "adagrad"], "invalid choice: 'adagrad'"),
         ([], "COMMAND"),
     ],
