@@ -78,7 +78,7 @@ class Optimizer(keras.optimizers.Optimizer):
         rule_class, values = self.rule_of()
         if not self._use_weight_decay(variable):
             values["weight_decay"] = 0.0
-        rule = rule_class.unchecked(**values)
+        rule = rule_class.unchecked(**values, lr=learning_rate)
         program = trace(rule)
         index = self._get_variable_index(variable)
         stored = {"param": variable, "grad": gradient}
