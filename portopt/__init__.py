@@ -3,8 +3,8 @@
 from portopt import rules
 from portopt.optimizer import Optimizer
 from portopt.program import Program
-from portopt.rules import Rule
+from portopt.rules import Around, Rule
 from portopt.trace import TraceError, trace
 
 __version__ = "0.1.0"
-__all__ = ["Optimizer", "Program", "Rule", "TraceError", "rules", "trace"]
+__all__ = ["Around", "Optimizer", "Program", "Rule", "TraceError", "rules", "trace"]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache, partial
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from portopt.arrays import STORAGE_DTYPES, Namespace, compute_dtype
+from portopt.kernels import cpu
 from portopt.program import Program
-from portopt.rules import Rule
+from portopt.rules import Around, Rule
 from portopt.trace import trace
 
 NDArray: TypeAlias = npt.NDArray[Any]
@@ -28,9 +31,11 @@ class Optimizer:
         params: Writable arrays of dtype float16, bfloat16, float32 or float64: a sequence (named 0,
             1, ...), a dict (named by its keys), or a sequence of groups: dicts with such a
             collection under "params" and, beside it, hyperparameters of their own.
+        around: What stands around the rule: clipping, an average of the weights, and the like.
 
     Attributes:
         rule: The rule.
+        around: What stands around it, free to change between steps.
         param_groups: For each group its hyperparameters, free to change between steps, and under
             "params" its arrays by name.
         state: For each parameter that has had a gradient, by name, its "step" (an int) and the
@@ -51,10 +56,18 @@ class Optimizer:
         {'w': array([0.5, 1.5]), 'b': array([0.])}
     """
 
-    def __init__(self, rule: Rule, params: Arrays | Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        params: Arrays | Sequence[Mapping[str, Any]],
+        *,
+        around: Around | None = None,
+    ) -> None:
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be a portopt.Rule, such as rules.Adam(), got {rule!r}")
-        self.rule = rule
+        if not isinstance(around, Around | None):
+            raise TypeError(f"around must be a portopt.Around or None, got {around!r}")
+        self.rule, self.around = rule, around or Around()
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[Name, dict[str, Any]] = {}
         groups: Any = params
@@ -110,14 +123,23 @@ class Optimizer:
         """
         checked = self._checked_grads(grads)
         rules = [self._rule(_hyper(group)) for group in self.param_groups]
-        programs = [trace(rule) for rule in rules]
-        for rule, program, group in zip(rules, programs, self.param_groups, strict=True):
-            scalars = cache(partial(program.scalars, vars(rule)))  # once for each step count
+        values = self._surroundings([grad for grad in checked.values() if grad is not None])
+        if self.around.skip_nonfinite and not math.isfinite(values["grad_norm"]):
+            return
+        work = []
+        for rule, group in zip(rules, self.param_groups, strict=True):
+            program = trace(rule, self.around)
+            scalars = cache(partial(program.scalars, vars(rule) | values))  # once for each step
             for name, param in group["params"].items():
                 if checked[name] is not None:
-                    state = _state(self.state.get(name, {}), rule, param)
-                    _update(program, scalars, param, checked[name], state)
-                    self.state[name] = state
+                    state = _state(self.state.get(name, {}), program, param)
+                    state["step"] += 1
+                    arrays = {"param": param, "grad": checked[name], **state}
+                    operands = tuple(arrays[operand] for operand in program.operands)
+                    work.append(_Work(name, program, scalars(state["step"]), operands, state))
+        for item in work:
+            self.state[item.name] = item.state
+        _run(work)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that `load_state_dict` needs to go on from here.
@@ -131,7 +153,8 @@ class Optimizer:
             rule = self._rule(_hyper(group))
             for name, param in group["params"].items():
                 if name in self.state:
-                    state[name] = _copy(_state(self.state[name], rule, param))
+                    program = trace(rule, self.around)
+                    state[name] = _copy(_state(self.state[name], program, param))
         groups = [{**_hyper(group), "params": list(group["params"])} for group in self.param_groups]
         return {"state": state, "param_groups": groups}
 
@@ -155,13 +178,20 @@ class Optimizer:
         for name, entries in state_dict["state"].items():
             if name not in arrays:
                 raise ValueError(f"state[{name!r}] is of no parameter: there are {list(arrays)}")
-            _check_state(name, entries, rule_of[name], arrays[name])
+            _check_state(name, entries, trace(rule_of[name], self.around).slots, arrays[name])
         self.state = {
             name: {**_copy(entries), "step": int(entries["step"])}
             for name, entries in state_dict["state"].items()
         }
         for group, rule in zip(self.param_groups, rules, strict=True):
             group.update(_values(rule))
+
+    def _surroundings(self, grads: list[NDArray]) -> dict[str, Any]:
+        """What `around` gives to a program's scalars."""
+        values = vars(self.around)
+        if not self.around.needs_norm:
+            return values
+        return values | {"grad_norm": math.sqrt(sum(map(_square_sum, grads)))}
 
     def _check_form(self, state_dict: Any) -> None:
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
@@ -203,34 +233,90 @@ class Optimizer:
                     f"grads[{name!r}] must have shape {param.shape} and dtype {param.dtype} like "
                     f"its parameter, got {grad.shape} and {grad.dtype}"
                 )
+            if self.around.zero_grad and not grad.flags.writeable:
+                raise ValueError(f"grads[{name!r}] must be writable for zero_grad, is read-only")
         return named
 
 
-def _state(entries: Mapping[str, Any], rule: Rule, param: NDArray) -> dict[str, Any]:
-    """A parameter's state with just the slots that the rule has now; a new one is zero."""
+class _Work(NamedTuple):
+    """One parameter's part of a step."""
+
+    name: Name
+    program: Program
+    scalars: dict[str, Any]
+    operands: tuple[NDArray, ...]
+    state: dict[str, Any]
+
+
+def _state(entries: Mapping[str, Any], program: Program, param: NDArray) -> dict[str, Any]:
+    """A parameter's state with just the slots that the program has now; a new one is zero."""
     slots = {
         slot: entries[slot] if slot in entries else np.zeros_like(param, subok=False)
-        for slot in rule.slots
+        for slot in program.slots
     }
     return {"step": entries.get("step", 0), **slots}
 
 
-def _update(
-    program: Program,
-    scalars: Callable[[int], dict[str, Any]],
-    param: NDArray,
-    grad: NDArray,
-    state: dict[str, Any],
-) -> None:
-    stored = {"param": param, "grad": grad, **{slot: state[slot] for slot in program.slots}}
-    dtype = np.dtype(compute_dtype(param.dtype.name))
+def _run(work: list[_Work]) -> None:
+    """Run the programs: as kernels on arrays that lie alike in memory, else one by one."""
+    alike: dict[tuple[Program, tuple[str, ...]], list[_Work]] = {}
+    for item in work:
+        storage = tuple(array.dtype.name for array in item.operands)
+        if _is_flat(item.operands) and not _refused(storage):
+            alike.setdefault((item.program, storage), []).append(item)
+        else:
+            _run_plain(item)
+    for (program, storage), items in alike.items():
+        scalars = list({id(item.scalars): item.scalars for item in items}.values())
+        places = {id(row): place for place, row in enumerate(scalars)}
+        step = cpu.Step(
+            program,
+            storage,
+            [[_address(array) for array in item.operands] for item in items],
+            [item.operands[0].size for item in items],
+        )
+        step.run(scalars, [places[id(item.scalars)] for item in items], cpu.threads())
+
+
+def _run_plain(item: _Work) -> None:
+    stored = dict(zip(item.program.operands, item.operands, strict=True))
+    dtype = np.dtype(compute_dtype(stored["param"].dtype.name))
     # Plain arrays: a subclass may mean something else by an operator, as np.matrix does by *.
     arrays = {key: x.astype(dtype, copy=False, subok=False) for key, x in stored.items()}
     with np.errstate(all="ignore"):  # NaN and Inf propagate, as in every framework
-        new = program.run(cast(Namespace, np), scalars(state["step"] + 1), arrays)
+        new = item.program.run(cast(Namespace, np), item.scalars, arrays)
         for key, value in new.items():
             stored[key][...] = value
-    state["step"] += 1
+
+
+def _is_flat(arrays: Sequence[NDArray]) -> bool:
+    """Whether the arrays' elements lie side by side, and in the same order in all of them."""
+    strides = [[n // array.itemsize for n in array.strides] for array in arrays]
+    return (
+        all(other == strides[0] for other in strides)
+        and cpu.is_dense(arrays[0].shape, strides[0])
+        and all(array.flags.aligned and array.dtype.isnative for array in arrays)
+    )
+
+
+@cache
+def _refused(storage: tuple[str, ...]) -> bool:
+    """Whether kernels do not take arrays stored so, which is said once."""
+    why = cpu.refusal(storage)
+    if why is not None:
+        warnings.warn(f"portopt.Optimizer steps without a kernel, slowly: {why}", stacklevel=5)
+    return why is not None
+
+
+def _address(array: NDArray) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _square_sum(grad: NDArray) -> float:
+    storage = (grad.dtype.name,)
+    if _is_flat([grad]) and not _refused(storage):
+        return cpu.SquareSum(*storage, [_address(grad)], [grad.size]).run(cpu.threads())
+    return float(np.square(grad, dtype=np.float64).sum())
 
 
 def _values(rule: Rule) -> dict[str, Any]:
@@ -255,16 +341,16 @@ def _check_param(name: Name, array: Any) -> None:
         raise ValueError(f"params[{name!r}] must be writable, got a read-only array")
 
 
-def _check_state(name: Name, entries: Mapping[str, Any], rule: Rule, param: NDArray) -> None:
-    if not isinstance(entries, Mapping) or set(entries) != {"step", *rule.slots}:
+def _check_state(
+    name: Name, entries: Mapping[str, Any], slots: tuple[str, ...], param: NDArray
+) -> None:
+    if not isinstance(entries, Mapping) or set(entries) != {"step", *slots}:
         got = list(entries) if isinstance(entries, Mapping) else entries
-        raise ValueError(
-            f"state[{name!r}] must have step and the slots {list(rule.slots)}, got {got}"
-        )
+        raise ValueError(f"state[{name!r}] must have step and the slots {list(slots)}, got {got}")
     step = entries["step"]
     if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
         raise TypeError(f"state[{name!r}]['step'] must be an int of at least 0, got {step!r}")
-    for slot in rule.slots:
+    for slot in slots:
         array = entries[slot]
         if not isinstance(array, np.ndarray) or array.dtype.name not in STORAGE_DTYPES:
             raise TypeError(f"state[{name!r}][{slot!r}] must be an array of floats, got {array!r}")

@@ -52,6 +52,8 @@ OPS: dict[str, Op] = {
 }
 SCALAR_OPS = ("add", "sub", "mul", "div", "neg", "pow", "abs", "less")
 """The operations that the scalar part may use: operators of Python floats and of 0-d arrays."""
+ARRAY_OPS = tuple(op for op in OPS if op != "pow")
+"""The operations that the array part may use: those that a printer of kernels has to know."""
 
 Operand: TypeAlias = "str | float"
 Kind: TypeAlias = str  # "scalar", "array" or "mask" (an array of truth values)
@@ -82,11 +84,12 @@ class Program:
 
     Attributes:
         rule: The rule's name.
-        hyperparameters: Names of its scalars; the step count ``t`` is one more.
+        hyperparameters: Names of its scalars, and of what stands around it; the step count ``t``
+            is one more.
         slots: Names of its slots; with ``param`` and ``grad``, the array inputs.
         scalar_part: Instructions on scalars.
         array_part: Instructions on arrays, which may use the scalars.
-        outputs: For ``param`` and each slot, the name of its new value.
+        outputs: For ``param``, each slot, and ``grad`` if it is written, the name of its new value.
     """
 
     rule: str
@@ -96,10 +99,15 @@ class Program:
     array_part: tuple[Instruction, ...]
     outputs: tuple[tuple[str, str], ...]
 
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The arrays that the program reads, and writes as far as they are outputs."""
+        return ("param", "grad", *self.slots)
+
     @cached_property
     def scalar_names(self) -> tuple[str, ...]:
         """The scalars that the array part uses, in the order of their first use."""
-        arrays = {"param", "grad", *self.slots, *(line.name for line in self.array_part)}
+        arrays = {*self.operands, *(line.name for line in self.array_part)}
         used = [arg for line in self.array_part for arg in line.args if isinstance(arg, str)]
         return tuple(dict.fromkeys(arg for arg in used if arg not in arrays))
 
@@ -140,7 +148,7 @@ class Program:
             arrays: ``param``, ``grad`` and each slot by name, of one shape and dtype.
 
         Returns:
-            The new arrays, none of them one of ``arrays``: ``param`` and each slot by name.
+            The new arrays, none of them one of ``arrays``, by the names in `outputs`.
         """
         env = {**scalars, **arrays}
         for (name, op, args), dead in zip(self.array_part, self._dead, strict=True):
@@ -168,16 +176,18 @@ class Program:
             ProgramError: it is not so; says where.
         """
         kinds: dict[str, Kind] = dict.fromkeys(("t", *self.hyperparameters), "scalar")
-        kinds |= dict.fromkeys(("param", "grad", *self.slots), "array")
+        kinds |= dict.fromkeys(self.operands, "array")
         if len(kinds) != len(self.hyperparameters) + len(self.slots) + 3:
             names = (*self.hyperparameters, *self.slots)
             raise ProgramError(f"{self.rule}: t, param, grad and {names} must be different names")
         for part, is_scalar in ((self.scalar_part, True), (self.array_part, False)):
             for line in part:
                 kinds[line.name] = self._kind(line, kinds, is_scalar)
-        if [slot for slot, _ in self.outputs] != ["param", *self.slots]:
+        written = ["param", *self.slots]
+        if [name for name, _ in self.outputs] not in (written, [*written, "grad"]):
             raise ProgramError(
-                f"{self.rule}: outputs must be param and {self.slots}, got {self.outputs}"
+                f"{self.rule}: outputs must be param and {self.slots}, and may be grad, got "
+                f"{self.outputs}"
             )
         for slot, name in self.outputs:
             if kinds.get(name) != "array":

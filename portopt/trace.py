@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from portopt.arrays import FUNCTIONS
 from portopt.program import OPS, SCALAR_OPS, Instruction, Kind, Program
+from portopt.rules.around import Around
 from portopt.rules.base import Rule, Slots, is_zero
 
 
@@ -23,14 +24,16 @@ class TraceError(TypeError):
     """A rule does something that a program cannot say: names the rule and the operation."""
 
 
-_programs: dict[tuple[type[Rule], tuple[object, ...]], Program] = {}
+_programs: dict[tuple[object, ...], Program] = {}
+_ALONE = Around()
 
 
-def trace(rule: Rule) -> Program:
-    """The program of a rule; traced once for all rules of one class and `Rule.structure`.
+def trace(rule: Rule, around: Around = _ALONE) -> Program:
+    """The program of a rule; traced once for all rules of one class and one `Rule.structure`.
 
     Args:
         rule: Any rule. The values of its float fields do not matter, only which of them are zero.
+        around: What stands around it; nothing by default.
 
     Raises:
         TraceError: the rule branches on a value, changes its arguments, or uses something outside
@@ -49,22 +52,22 @@ def trace(rule: Rule) -> Program:
                 param_new = param - lr * direction
             new param = param_new, momentum_buffer = b
     """
-    key = type(rule), rule.structure
+    key = type(rule), rule.structure, around.structure
     try:
         hash(key)
     except TypeError as error:
         name = type(rule).__name__
         raise TraceError(f"{name} has a field that is not hashable: {error}") from error
     if key not in _programs:
-        _programs[key] = _Tracer(rule).program()
+        _programs[key] = _Tracer(rule, around).program()
     return _programs[key]
 
 
 class _Tracer:
     """Runs a rule on symbols and keeps what they record."""
 
-    def __init__(self, rule: Rule) -> None:
-        self.rule = rule
+    def __init__(self, rule: Rule, around: Around) -> None:
+        self.rule, self.around = rule, around
         self.recorded: dict[tuple[object, ...], Symbol] = {}
         self.frames: dict[int, FrameType] = {}
 
@@ -73,21 +76,32 @@ class _Tracer:
 
     def program(self) -> Program:
         rule, cls = self.rule, type(self.rule)
-        t = Symbol(self, "scalar", name="t")
+        t: Any = Symbol(self, "scalar", name="t")
+        functions: Any = _Functions(self)
         scalars = {
             name: Symbol(self, "scalar", name=name, is_zero=is_zero(getattr(rule, name)))
             for name in cls.hyperparameters()
         }
+        surroundings = {
+            name: Symbol(self, "scalar", name=name, is_zero=False) for name in self.around.scalars
+        }
+        if scalars.keys() & surroundings:
+            names = ", ".join(sorted(scalars.keys() & surroundings))
+            raise self.fail(f"has a hyperparameter of a name that Around has too: {names}")
         # Fields alone: what else hangs on the rule (a cached property) was made of numbers, which
         # would stand in the program of every rule of this structure.
         self.twin = cls.unchecked(**{f.name: getattr(rule, f.name) for f in fields(cls)} | scalars)
-        slots = self.slots(tuple(scalars))
+        norm: Any = surroundings.get("grad_norm")
+        ours = {name: surroundings.get(name, value) for name, value in vars(self.around).items()}
+        self.outer = Around.unchecked(**ours)
+        slots = self.slots((*scalars, *surroundings))
         param, grad, *state = (
             Symbol(self, "array", name=name) for name in ("param", "grad", *slots)
         )
         slot = Slots(dict(zip(slots, state, strict=True)))
+        self.inputs = ("t", "param", "grad", *slots, *scalars, *surroundings)
         try:
-            result = self.twin.step(_Functions(self), t, param, grad, slot)  # type: ignore[arg-type]
+            result = self.outer.step(self.twin, functions, t, param, grad, slot, norm)
         except TraceError:
             raise
         except Exception as error:
@@ -96,7 +110,7 @@ class _Tracer:
         lines = self.name_lines(outputs)
         program = Program(
             rule=cls.__name__,
-            hyperparameters=tuple(scalars),
+            hyperparameters=(*scalars, *surroundings),
             slots=slots,
             scalar_part=tuple(line.instruction() for line in lines if line.kind == "scalar"),
             array_part=tuple(line.instruction() for line in lines if line.kind != "scalar"),
@@ -106,7 +120,7 @@ class _Tracer:
         return program
 
     def slots(self, hyperparameters: tuple[str, ...]) -> tuple[str, ...]:
-        slots = tuple(self.twin.slots)
+        slots = (*self.twin.slots, *self.outer.slots)
         reserved = ("t", "param", "grad", "step", *hyperparameters)
         for place, slot in enumerate(slots):
             if not slot.isidentifier() or slot in (*reserved, *slots[:place]):
@@ -119,9 +133,10 @@ class _Tracer:
     def outputs(self, result: Any, slots: tuple[str, ...]) -> dict[str, Symbol]:
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
             raise self.fail(f"must return (new_param, new_slots), returned {result!r}")
-        if set(result[1]) != set(slots):
+        written = (*slots, "grad") if self.outer.zero_grad else slots
+        if set(result[1]) != set(written):
             raise self.fail(f"must return the slots {list(slots)}, returned {list(result[1])}")
-        outputs = {"param": result[0], **{slot: result[1][slot] for slot in slots}}
+        outputs = {"param": result[0], **{name: result[1][name] for name in written}}
         for name, value in outputs.items():
             if not isinstance(value, Symbol) or value.kind != "array":
                 raise self.fail(f"must return an array for {name}, returned {value!r}")
@@ -174,7 +189,8 @@ class _Tracer:
         """Keep the frames of the rule's own functions: their local names become ours."""
         frame: FrameType | None = sys._getframe(2)
         while frame is not None and frame.f_code is not _Tracer.program.__code__:
-            if frame.f_locals.get("self") is self.twin:
+            owner = frame.f_locals.get("self")
+            if owner is self.twin or owner is self.outer:
                 self.frames[id(frame)] = frame
             frame = frame.f_back
 
@@ -188,7 +204,7 @@ class _Tracer:
                 needed.add(id(symbol))
                 stack += [arg for arg in symbol.args if isinstance(arg, Symbol)]
         lines = [symbol for symbol in self.recorded.values() if id(symbol) in needed]
-        taken = {"t", "param", "grad", *self.twin.slots, *type(self.rule).hyperparameters()}
+        taken = {*self.inputs}
 
         def give(symbol: Symbol, name: str) -> None:
             if symbol.op and not symbol.name:

@@ -1,6 +1,7 @@
 """The rules: the arithmetic of each optimizer, once."""
 
 from portopt.rules.adam import Adam, AdamW
+from portopt.rules.around import Around
 from portopt.rules.base import (
     Decay,
     HyperparameterError,
@@ -17,6 +18,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Around",
     "Decay",
     "HyperparameterError",
     "HyperparameterTypeError",

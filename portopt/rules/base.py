@@ -86,12 +86,58 @@ class Slots(Mapping[str, Any]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule(abc.ABC):
-    """One optimizer's arithmetic: a frozen dataclass of hyperparameters with a pure `update`.
+class Hyperparameters(abc.ABC):
+    """A frozen dataclass whose fields are checked, and of two kinds.
 
-    A field annotated ``float`` is a scalar of the update, free to change from step to step.
-    Every other field (a bool, a ``Literal``) chooses between formulas, and so does whether a
-    float is zero: these are the only things that an update may branch on.
+    A field annotated ``float`` is a scalar, free to change from step to step. Every other field (a
+    bool, a ``Literal``) chooses between formulas, and so does whether a float is zero.
+
+    Raises:
+        HyperparameterError: a `ValueError`: a value out of its range or not among its choices.
+        HyperparameterTypeError: a `TypeError` too: a value of the wrong type.
+    """
+
+    def __post_init__(self) -> None:
+        for name, (_, check) in _fields(type(self)).items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+
+    @classmethod
+    def hyperparameters(cls) -> tuple[str, ...]:
+        """Names of the float fields, which are scalars of the update."""
+        return tuple(name for name, (is_float, _) in _fields(cls).items() if is_float)
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """All that may be branched on: with equal structures go equal programs."""
+        return tuple(
+            is_zero(getattr(self, name)) if is_float else getattr(self, name)
+            for name, (is_float, _) in _fields(type(self)).items()
+        )
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The fields that need not be given, with their values."""
+        found: dict[str, Any] = {}
+        for field in fields(cls):
+            if field.default is not MISSING:
+                found[field.name] = field.default
+            elif field.default_factory is not MISSING:
+                found[field.name] = field.default_factory()
+        return found
+
+    @classmethod
+    def unchecked(cls, **values: Any) -> Self:
+        """One of any values: symbols, 0-d arrays, a schedule's next value."""
+        new = object.__new__(cls)
+        new.__dict__.update(cls.defaults() | values)
+        return new
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(Hyperparameters):
+    """One optimizer's arithmetic: hyperparameters with a pure `update`.
+
+    An update may branch on its fields that are no floats, and on whether a float is zero.
 
     Every rule takes the four fields below; `step` is the only place that knows the last three.
 
@@ -115,10 +161,6 @@ class Rule(abc.ABC):
     weight_decay: NonNegative = 0.0
     decoupled: bool = False
     maximize: bool = False
-
-    def __post_init__(self) -> None:
-        for name, (_, check) in _fields(type(self)).items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -147,37 +189,6 @@ class Rule(abc.ABC):
             else:
                 grad = grad + self.weight_decay * param
         return self.update(xp, t, param, grad, slot)
-
-    @classmethod
-    def hyperparameters(cls) -> tuple[str, ...]:
-        """Names of the float fields: the scalars of the update."""
-        return tuple(name for name, (is_float, _) in _fields(cls).items() if is_float)
-
-    @property
-    def structure(self) -> tuple[object, ...]:
-        """All that an update may branch on: rules of equal structure have one program."""
-        return tuple(
-            is_zero(getattr(self, name)) if is_float else getattr(self, name)
-            for name, (is_float, _) in _fields(type(self)).items()
-        )
-
-    @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """The fields that need not be given, with their values."""
-        found: dict[str, Any] = {}
-        for field in fields(cls):
-            if field.default is not MISSING:
-                found[field.name] = field.default
-            elif field.default_factory is not MISSING:
-                found[field.name] = field.default_factory()
-        return found
-
-    @classmethod
-    def unchecked(cls, **values: Any) -> Self:
-        """A rule of any values: symbols, 0-d arrays, a schedule's next value."""
-        rule = object.__new__(cls)
-        rule.__dict__.update(cls.defaults() | values)
-        return rule
 
 
 def ema(old: Array, new: Array, decay: float) -> Array:
@@ -208,11 +219,11 @@ Check = Callable[[str, Any], Any]
 
 
 @cache
-def _fields(cls: type[Rule]) -> dict[str, tuple[bool, Check]]:
-    """For each field of a rule: whether it is a float, and the function that checks it."""
+def _fields(cls: type[Hyperparameters]) -> dict[str, tuple[bool, Check]]:
+    """For each field: whether it is a float, and the function that checks it."""
     hints = get_type_hints(cls, include_extras=True)
     table: dict[str, tuple[bool, Check]] = {}
-    bases = [base for base in cls.__mro__[1:] if issubclass(base, Rule)]
+    bases = [base for base in cls.__mro__[1:] if issubclass(base, Hyperparameters)]
     for field in fields(cls):
         if field.name == "params":
             raise TypeError(f"{cls.__name__}: a field cannot be named 'params', as parameters are")

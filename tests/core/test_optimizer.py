@@ -113,7 +113,7 @@ def test_a_dict_may_have_a_parameter_called_params():
 def test_lr_changed_on_the_way_does_not_retrace(monkeypatch):
     arrays, seen = params(), []
     monkeypatch.setattr(
-        portopt.optimizer, "trace", lambda rule: seen.append(trace(rule)) or seen[-1]
+        portopt.optimizer, "trace", lambda *rule: seen.append(trace(*rule)) or seen[-1]
     )
     optimizer = Optimizer(Momentum(), arrays)
     expected, slots = weights((4, 5), 0), Slots({"momentum_buffer": np.zeros((4, 5), np.float32)})

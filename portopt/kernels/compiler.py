@@ -1,0 +1,129 @@
+"""LLVM assembly to machine code of this processor, kept on disk for the processes to come."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+Kernel = Callable[[int, int, int, int], None]
+"""``kernel(table, spans, n_spans, counter)``, all addresses but ``n_spans``; holds no lock."""
+
+_lock = threading.Lock()
+
+
+def available() -> bool:
+    """Whether kernels can be compiled here: llvmlite is installed."""
+    return importlib.util.find_spec("llvmlite") is not None
+
+
+def computes_half() -> bool:
+    """Whether this processor converts float16 by itself; a kernel has no library to ask."""
+    _, _, processor = _host()
+    return not processor.startswith(("x86_64", "i686")) or "+f16c" in processor
+
+
+def compiled(text: str) -> Kernel:
+    """The function ``kernel`` that ``text`` defines; made once in a process.
+
+    Its machine code comes from the cache folder, or goes there: ``PORTOPT_CACHE_DIR``, else
+    ``portopt`` in the user's cache folder. A folder that cannot be written, or a file there that is
+    not whole, only costs the time to compile.
+
+    Raises:
+        ModuleNotFoundError: llvmlite is not installed.
+    """
+    with _lock:  # two threads with the same first step compile once
+        return _compiled(text)
+
+
+@cache
+def _compiled(text: str) -> Kernel:
+    from llvmlite import binding
+
+    machine, jit, processor = _host()
+    # The text says all about the kernel, the rest all about who turns it into what for whom.
+    version = binding.llvm_version_info
+    key = hashlib.sha256(repr((text, processor, version)).encode()).hexdigest()
+    code = _read(key)
+    if code is None:
+        module = binding.parse_assembly(text)
+        module.verify()
+        code = machine.emit_object(module)
+        _write(key, code)
+    library = (
+        binding.JITLibraryBuilder()
+        .add_object_img(code)
+        .add_current_process()  # for exp and log, which are the C library's
+        .export_symbol("kernel")
+        .link(jit, key)
+    )
+    _libraries.append(library)
+    address, integer = ctypes.c_void_p, ctypes.c_int64
+    prototype = ctypes.CFUNCTYPE(None, address, address, integer, address)
+    return prototype(library["kernel"])
+
+
+_libraries: list[Any] = []  # what is dropped is unloaded
+
+
+@cache
+def _host() -> tuple[Any, Any, str]:
+    """LLVM's target machine and linker for this processor, and the processor's description."""
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    triple, cpu = binding.get_process_triple(), binding.get_host_cpu_name()
+    features = binding.get_host_cpu_features().flatten()
+    target = binding.Target.from_triple(triple)
+
+    def machine() -> Any:
+        return target.create_target_machine(cpu=cpu, features=features, opt=2, jit=True)
+
+    return machine(), binding.create_lljit_compiler(machine()), f"{triple} {cpu} {features}"
+
+
+def _folder() -> Path:
+    chosen = os.environ.get("PORTOPT_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home()) / "portopt"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "portopt"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "portopt"
+
+
+def _read(key: str) -> bytes | None:
+    """The code of ``key``, if its file is there and whole."""
+    try:
+        content = (_folder() / key).read_bytes()
+    except (OSError, RuntimeError):  # no such file, no access, no home
+        return None
+    digest, code = content[:32], content[32:]
+    return code if digest == hashlib.sha256(code).digest() else None
+
+
+def _write(key: str, code: bytes) -> None:
+    """Keep ``code``, so that other processes see all of it or nothing."""
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = _folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=folder)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(hashlib.sha256(code).digest() + code)
+            os.replace(name, folder / key)
+        except BaseException:
+            os.unlink(name)
+            raise

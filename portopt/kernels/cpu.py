@@ -1,0 +1,215 @@
+"""Launching on CPU memory: addresses, scalars and spans, shared out among a few threads of ours."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from portopt.arrays import compute_dtype
+from portopt.kernels import compiler, llvm
+from portopt.program import Instruction, Program
+
+SPAN = 2**16
+"""The most elements of a span: enough to stream, few enough to balance threads."""
+ALONE = 2**16
+"""Up to so many elements, one thread is done before another has woken up."""
+
+
+class Launch:
+    """A kernel and the memory that it works on.
+
+    Attributes:
+        table: For each tensor a row of addresses, free to change between launches. The caller keeps
+            alive what they point to.
+    """
+
+    def __init__(self, text: str, addresses: Any, sizes: Sequence[int]) -> None:
+        self.kernel = compiler.compiled(text)
+        self.table = np.array(addresses, np.uint64, order="C")
+        self.spans = spans(sizes)
+        self.size = sum(sizes)
+
+    def launch(self, threads: int) -> None:
+        """Do all spans; when it returns or raises, no thread is at work on them any more."""
+        counter = np.zeros(1, np.int64)
+        helpers: list[Future[None]] = []
+        try:
+            if self.size > ALONE:
+                for _ in range(min(threads, len(self.spans)) - 1):
+                    helpers.append(_threads().submit(self._take, counter))
+            self._take(counter)
+        finally:
+            _finish(helpers)
+
+    def _take(self, counter: npt.NDArray[np.int64]) -> None:
+        self.kernel(
+            self.table.ctypes.data, self.spans.ctypes.data, len(self.spans), counter.ctypes.data
+        )
+
+
+class Step(Launch):
+    """A program on tensors that are stored alike.
+
+    Args:
+        program: What to compute.
+        storage: The dtypes of `Program.operands`.
+        addresses: For each tensor, where its operands begin. Elements are contiguous from there,
+            in the same order in every operand.
+        sizes: For each tensor, its number of elements.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        storage: tuple[str, ...],
+        addresses: Sequence[Sequence[int]],
+        sizes: Sequence[int],
+    ) -> None:
+        rows = [(*row, 0) for row in addresses]  # the scalars' address comes with them
+        super().__init__(llvm.kernel(program, storage), rows, sizes)
+        self.names = program.scalar_names
+        self.dtype = np.dtype(compute_dtype(storage[0]))
+
+    def run(self, scalars: Sequence[Mapping[str, Any]], which: Any, threads: int) -> None:
+        """Update every tensor.
+
+        Args:
+            scalars: Results of `Program.scalars`, one for all tensors that share it.
+            which: For each tensor, the place of its own among ``scalars``.
+            threads: How many threads may work on it.
+        """
+        with np.errstate(over="ignore"):  # what is beyond float32 is infinite there
+            rows = np.array([[row[name] for name in self.names] for row in scalars], self.dtype)
+        self.table[:, -1] = rows.ctypes.data + rows.strides[0] * np.asarray(which, np.uint64)
+        self.launch(threads)
+
+
+class SquareSum(Launch):
+    """The sum of squares of gradients that are stored alike, in float64.
+
+    It is the same for every number of threads.
+
+    Args:
+        dtype: The gradients' dtype.
+        addresses: Where they begin.
+        sizes: Their numbers of elements.
+    """
+
+    def __init__(self, dtype: str, addresses: Sequence[int], sizes: Sequence[int]) -> None:
+        super().__init__(llvm.square_sum(dtype), [(at, 0) for at in addresses], sizes)
+        self.sums = np.zeros(len(self.spans))
+        self.table[:, 1] = self.sums.ctypes.data
+
+    def run(self, threads: int) -> float:
+        """The sum."""
+        self.launch(threads)
+        finite = np.isfinite(self.sums).all()
+        return math.fsum(self.sums) if finite else float(self.sums.sum())
+
+
+class Count(Launch):
+    """Counts the steps of tensors that keep their number in memory of their own.
+
+    Args:
+        dtype: The counts' dtype.
+        addresses: Where they stand.
+    """
+
+    program = Program(
+        rule="count",
+        hyperparameters=(),
+        slots=(),
+        scalar_part=(),
+        array_part=(Instruction("new", "add", ("param", 1.0)),),
+        outputs=(("param", "new"), ("grad", "new")),
+    )
+
+    def __init__(self, dtype: str, addresses: Sequence[int]) -> None:
+        self.counts = np.zeros(len(addresses))
+        copies = self.counts.ctypes.data + self.counts.itemsize * np.arange(len(addresses))
+        rows = [(at, copy, 0) for at, copy in zip(addresses, copies, strict=True)]
+        super().__init__(llvm.kernel(self.program, (dtype, "float64")), rows, [1] * len(addresses))
+
+    def run(self) -> npt.NDArray[np.float64]:
+        """One more for each; the new counts."""
+        self.launch(threads=1)
+        return self.counts
+
+
+@cache
+def refusal(storage: tuple[str, ...]) -> str | None:
+    """Why arrays stored so, the parameter first, cannot go through a kernel; None if they can."""
+    if not compiler.available():
+        return "llvmlite is not installed: pip install llvmlite"
+    if "float16" in storage and not compiler.computes_half():
+        return "this processor does not convert float16"
+    return llvm.refusal(storage)
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements lie side by side, in some order of the dimensions; strides in elements."""
+    expected = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def spans(sizes: Sequence[int]) -> npt.NDArray[np.int64]:
+    """All elements of all tensors, in rows of (tensor, start, length), at most `SPAN` long."""
+    total = np.asarray(sizes, np.int64)
+    pieces = -(-total // SPAN)
+    tensor = np.repeat(np.arange(len(total)), pieces)
+    start = (np.arange(len(tensor)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * SPAN
+    return np.stack([tensor, start, np.minimum(total[tensor] - start, SPAN)], axis=1)
+
+
+def threads() -> int:
+    """How many threads a launch may use: ``OMP_NUM_THREADS``, else this process's processors."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdecimal() and int(chosen):
+        return int(chosen)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="portopt")
+    return _pool
+
+
+def _forget_threads() -> None:
+    """In the child of a fork: it has none of its parent's threads."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
+def _finish(helpers: list[Future[None]]) -> None:
+    """Wait for all, also when interrupted: what the caller then sees must be whole."""
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            wait(helpers)
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
