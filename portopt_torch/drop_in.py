@@ -19,8 +19,8 @@ LATER = (*FLAGS, "momentum", "foreach", "capturable", "differentiable", "fused")
 class SGD(Optimizer):
     """``torch.optim.SGD``: the rule `portopt.rules.Momentum`, or `portopt.rules.SGD` without one.
 
-    Arguments, groups and ``state_dict`` are those of ``torch.optim.SGD``. ``foreach`` changes
-    nothing here; ``fused=True`` and sparse gradients are refused.
+    Arguments, groups and ``state_dict`` are those of ``torch.optim.SGD``, with ``around`` on top.
+    Sparse gradients are refused.
     """
 
     keeps_step = False
@@ -39,6 +39,7 @@ class SGD(Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        around: rules.Around | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -51,7 +52,7 @@ class SGD(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, around)
 
     @classmethod
     def rule_of(cls, group: Mapping[str, Any]) -> Fields:
@@ -68,8 +69,8 @@ class SGD(Optimizer):
 class RMSprop(Optimizer):
     """``torch.optim.RMSprop``: the rule `portopt.rules.RMSprop` as it stands.
 
-    Arguments, groups and ``state_dict`` are those of ``torch.optim.RMSprop``. ``foreach`` changes
-    nothing here.
+    Arguments, groups and ``state_dict`` are those of ``torch.optim.RMSprop``, with ``around`` on
+    top.
     """
 
     may_lack = LATER
@@ -87,6 +88,8 @@ class RMSprop(Optimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
+        *,
+        around: rules.Around | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -100,7 +103,7 @@ class RMSprop(Optimizer):
             "maximize": maximize,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, around)
 
     @classmethod
     def rule_of(cls, group: Mapping[str, Any]) -> Fields:
@@ -111,8 +114,7 @@ class RMSprop(Optimizer):
 class Adam(Optimizer):
     """``torch.optim.Adam``: the rule `portopt.rules.Adam` as it stands.
 
-    Arguments, groups and ``state_dict`` are those of ``torch.optim.Adam``. ``foreach`` changes
-    nothing here; ``fused=True`` is refused.
+    Arguments, groups and ``state_dict`` are those of ``torch.optim.Adam``, with ``around`` on top.
     """
 
     may_lack = LATER
@@ -132,6 +134,7 @@ class Adam(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        around: rules.Around | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -146,7 +149,7 @@ class Adam(Optimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, around)
 
     @classmethod
     def rule_of(cls, group: Mapping[str, Any]) -> Fields:
@@ -161,8 +164,7 @@ class Adam(Optimizer):
 class AdamW(Adam):
     """``torch.optim.AdamW``: the rule `portopt.rules.Adam`, decoupled.
 
-    Arguments, groups and ``state_dict`` are those of ``torch.optim.AdamW``. ``foreach`` changes
-    nothing here; ``fused=True`` is refused.
+    Arguments, groups and ``state_dict`` are those of ``torch.optim.AdamW``, with ``around`` on top.
     """
 
     def __init__(
@@ -179,6 +181,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        around: rules.Around | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -193,6 +196,7 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            around=around,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

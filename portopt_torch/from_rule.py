@@ -8,7 +8,7 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
-from portopt.rules import Rule
+from portopt.rules import Around, Rule
 from portopt_torch.optimizer import Optimizer
 
 
@@ -20,8 +20,8 @@ def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
 
     Returns:
         The class, the same one for the same rule. It takes ``params``, then the rule's fields as
-        keywords; groups hold the fields under their own names, and ``state_dict`` has, for each
-        parameter, "step" and the slots.
+        keywords, and ``around``; groups hold the fields under their own names, and ``state_dict``
+        has, for each parameter, "step" and the slots.
 
     Raises:
         TypeError: ``rule`` is no rule.
@@ -52,14 +52,16 @@ def _class_of(rule: Rule | type[Rule]) -> type[Optimizer]:
     class FromRule(Optimizer):
         __doc__ = f"`{rule_class.__name__}` as a ``torch.optim.Optimizer``.\n\n{rule_class.__doc__}"
 
-        def __init__(self, params: Any, **hyperparameters: Any) -> None:
+        def __init__(
+            self, params: Any, *, around: Around | None = None, **hyperparameters: Any
+        ) -> None:
             unknown = [name for name in hyperparameters if name not in names]
             if unknown:
                 raise TypeError(
                     f"unknown hyperparameter {unknown[0]!r}: {rule_class.__name__} has "
                     f"{', '.join(names)}"
                 )
-            super().__init__(params, {**defaults, **hyperparameters})
+            super().__init__(params, {**defaults, **hyperparameters}, around)
 
         @classmethod
         def rule_of(cls, group: Mapping[str, Any]) -> tuple[type[Rule], dict[str, Any]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +14,9 @@ from torch import Tensor
 
 from portopt.arrays import STORAGE_DTYPES, compute_dtype
 from portopt.program import Program
-from portopt.rules import HyperparameterError, Rule
+from portopt.rules import Around, HyperparameterError, Rule
 from portopt.trace import trace
+from portopt_torch.launch import Batch, Member, Plan, refusal, storage
 
 NATIVE_WORDS = {
     "lr": "Invalid learning rate",
@@ -32,13 +36,23 @@ class Optimizer(torch.optim.Optimizer):
 
     A subclass says by `rule_of` which rule a parameter group means.
 
+    A step is one launch of a kernel for all parameters, wherever their memory allows it; the others
+    are updated one by one, and a warning says once why. ``foreach`` and ``fused`` mean what they
+    mean in ``torch.optim``: if one is given, it chooses, and ``fused=True`` is the kernel or an
+    error. Under ``torch.compile`` and with ``differentiable`` the rule runs as it stands.
+
     Args:
         params: Tensors, named tensors or groups, as for every ``torch.optim.Optimizer``.
         defaults: What a group holds if it does not say otherwise.
+        around: What stands around the rule: clipping, an average of the weights, and the like.
+
+    Attributes:
+        around: As given, free to change between steps.
 
     Raises:
         ValueError, TypeError: a hyperparameter is not allowed, in the native's leading words.
-        RuntimeError: ``fused=True``: this version has no fused kernel.
+        RuntimeError: ``fused=True`` along with another way; at a step: for parameters that no
+            kernel takes.
     """
 
     keeps_step: ClassVar[bool] = True
@@ -46,11 +60,21 @@ class Optimizer(torch.optim.Optimizer):
     may_lack: ClassVar[tuple[str, ...]] = ()
     """What a loaded group may lack, as the native's of older versions do."""
 
+    around = Around()
     _loading = False
+    _plan: Plan | None = None
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: Any, defaults: dict[str, Any], around: Around | None = None) -> None:
+        if not isinstance(around, Around | None):
+            raise TypeError(f"around must be a portopt.Around or None, got {around!r}")
+        self.around = around or Around()
         self._check(defaults)
         super().__init__(params, defaults)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by GradScaler: whether it may leave the unscaling to `step`."""
+        return any(group.get("fused") for group in self.param_groups)
 
     @classmethod
     def rule_of(cls, group: Mapping[str, Any]) -> tuple[type[Rule], dict[str, Any]]:
@@ -83,17 +107,16 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        rest = self._launch(compiling=torch.compiler.is_compiling())
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
-            work = [(g, self._with_gradient(g), self._scalars(g)) for g in self.param_groups]
-            for group, params, scalars in work:
-                for param in params:
-                    self._update(group, scalars, param)
+            for scalars, member in rest:
+                self._update(scalars, member)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer`` does; with zeros for slots turned on since the last step."""
         for group in self.param_groups:
-            slots = self._scalars(group).program.slots
+            slots = self._program(group).slots
             for param in group["params"]:
                 if self.state.get(param):
                     _add_slots(self.state[param], slots, param)
@@ -129,8 +152,14 @@ class Optimizer(torch.optim.Optimizer):
             after.remove()
         return None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle keeps."""
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "around": self.around}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in what the states of older versions lack."""
+        self._plan = None
         defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
         self.defaults = defaults  # as they were: the base class puts "differentiable" there
@@ -144,7 +173,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check(self, group: Mapping[str, Any]) -> None:
         if group.get("fused"):
-            raise RuntimeError("`fused=True` is not possible: this version has no fused kernel")
+            for other in ("differentiable", "foreach"):
+                if group.get(other):
+                    raise RuntimeError(f"`fused` and `{other}` cannot be `True` together.")
         cls, values = self.checked_as(group)
         for name, value in values.items():
             if torch.is_tensor(value) and value.numel() != 1:
@@ -158,24 +189,116 @@ class Optimizer(torch.optim.Optimizer):
             words = f"{NATIVE_WORDS[error.name]}: {error.value}"
             raise kind(f"{words} ({error.name} must be {error.allowed})") from error
 
-    def _scalars(self, group: Mapping[str, Any]) -> _Scalars:
+    def _program(self, group: Mapping[str, Any]) -> Program:
         cls, values = self.rule_of(group)
-        rule = cls.unchecked(**values)
-        return _Scalars(trace(rule), rule)
+        return trace(cls.unchecked(**values), self.around)
 
-    def _with_gradient(self, group: Mapping[str, Any]) -> list[Tensor]:
-        params = [param for param in group["params"] if param.grad is not None]
-        for param in params:
-            if param.grad.is_sparse:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            _compute_dtype(param.dtype)
-        return params
+    def _scaled(self) -> Around | None:
+        """`around` with the scale of GradScaler; None if it says that the step must not be."""
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return None
+        if scale is None:
+            return self.around
+        if self.around.grad_scale:
+            scale = scale * self.around.grad_scale
+        return Around.unchecked(**{**vars(self.around), "grad_scale": scale})
 
-    def _update(self, group: dict[str, Any], scalars: _Scalars, param: Tensor) -> None:
-        program = scalars.program
-        state = self.state[param] if program.slots or self.keeps_step else {}
-        t = self._count(group, state, param, program.slots)
-        _add_slots(state, program.slots, param)
+    @torch._disable_dynamo  # the compiler is to see the rule, and none of this
+    def _launch(self, *, compiling: bool) -> list[tuple[_Scalars, Member]]:
+        """Launch the kernels; returns those parameters that do not go through one."""
+        around = self._scaled()
+        if around is None:
+            return []
+        rules = [cls.unchecked(**values) for cls, values in map(self.rule_of, self.param_groups)]
+        programs = [trace(rule, around) for rule in rules]
+        plan = None if compiling else self._plan
+        if plan is None or not plan.fits(programs, self.param_groups, self.state):
+            plan = self._plan = None  # what it keeps alive may go before more is made
+            plan = self._make_plan(programs, compiling)
+        values = [vars(rule) | vars(around) for rule in rules]
+        threads = torch.get_num_threads()
+        if around.needs_norm:
+            norm = plan.grad_norm(threads)
+            if around.skip_nonfinite and not math.isfinite(norm):
+                return []
+            values = [{**one, "grad_norm": norm} for one in values]
+        if plan.batches:
+            on_host = [{name: _host(value) for name, value in one.items()} for one in values]
+            for batch in plan.batches:
+                batch.prepare(on_host)
+            for batch in plan.batches:
+                batch.run(threads)
+        self._plan = plan._replace(rest=[member._replace(first=False) for member in plan.rest])
+        scalars = [_Scalars(*both) for both in zip(programs, values, strict=True)]
+        return [(scalars[member.group], member) for member in plan.rest]
+
+    def _make_plan(self, programs: list[Program], compiling: bool) -> Plan:
+        """Give every parameter with a gradient its state, and its way to go."""
+        params = [(g, p) for g, group in enumerate(self.param_groups) for p in group["params"]]
+        refusals = {
+            place: self._refusal(self.param_groups[g], programs[g].slots, param, compiling)
+            for place, (g, param) in enumerate(params)
+            if param.grad is not None
+        }
+        alike: dict[Any, list[Member]] = {}
+        rest: list[Member] = []
+        seen: set[int] = set()  # what stands there twice is updated twice, one after the other
+        for place, refused in refusals.items():
+            g, param = params[place]
+            program, group = programs[g], self.param_groups[g]
+            state = self.state[param] if program.slots or self.keeps_step else {}
+            first = all(state.get(slot) is None for slot in program.slots)
+            if self.keeps_step and "step" not in state:
+                state["step"] = _zero_steps(group, param)
+            _add_slots(state, program.slots, param)
+            member = Member(place, g, param, state, first)
+            if refused or id(param) in seen:
+                rest.append(member)
+                continue
+            seen.add(id(param))
+            stored = [param, param.grad, *(state[slot] for slot in program.slots)]
+            counted = [state["step"]] if self.keeps_step else []
+            alike.setdefault((program, *storage(stored + counted)), []).append(member)
+        return Plan(
+            programs=programs,
+            params=[param for _, param in params],
+            present=[param.grad is not None for _, param in params],
+            states=[*map(id, self.state.values())],
+            batches=[Batch(key[0], members) for key, members in alike.items()],
+            rest=rest,
+        )
+
+    def _refusal(
+        self, group: Mapping[str, Any], slots: tuple[str, ...], param: Tensor, compiling: bool
+    ) -> str:
+        """Why ``param`` does not go through a kernel; nothing is changed yet."""
+        if param.grad.is_sparse:
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        _compute_dtype(param.dtype)
+        fused = group.get("fused")
+        if compiling or group.get("differentiable"):
+            return "the rule runs as it stands"
+        if not fused and (fused is False or group.get("foreach") is not None):
+            return "another way was chosen"
+        state = self.state.get(param, {})
+        kept = [state[slot] for slot in slots if state.get(slot) is not None]
+        alike = [slot for slot in kept if slot.stride() == param.stride()]  # the others will be
+        why = refusal([param, param.grad, *alike], state.get("step"))
+        if why and fused:
+            raise RuntimeError(f"`fused=True` is not possible: {why}")
+        if why:
+            _warn(why)
+        return why or ""
+
+    def _update(self, scalars: _Scalars, member: Member) -> None:
+        program, param, state = scalars.program, member.param, member.state
+        t: Any = 1 if member.first else 2  # all that a rule without a count may ask
+        if self.keeps_step:
+            state["step"] += 1
+            capturable = self.param_groups[member.group].get("capturable")
+            on_device = capturable or torch.compiler.is_compiling()
+            t = state["step"] if on_device else int(state["step"].item())
         stored = {"param": param, "grad": param.grad, **{s: state[s] for s in program.slots}}
         stored = {k: torch.view_as_real(v) if v.is_complex() else v for k, v in stored.items()}
         dtype = _compute_dtype(param.dtype)
@@ -185,19 +308,6 @@ class Optimizer(torch.optim.Optimizer):
         new = program.run(xp, scalars.at(t, dtype), arrays)
         for key, value in new.items():
             stored[key].copy_(value)
-
-    def _count(
-        self, group: Mapping[str, Any], state: dict[str, Any], param: Tensor, slots: tuple[str, ...]
-    ) -> Any:
-        """The number of this step; a 0-d tensor where it must stay on the device."""
-        if not self.keeps_step:
-            # What a rule without a count may ask: is it the first? (torch.optim.SGD once saved
-            # a momentum_buffer of None.)
-            return 1 if all(state.get(slot) is None for slot in slots) else 2
-        if "step" not in state:
-            state["step"] = _zero_steps(group, param)
-        state["step"] += 1
-        return state["step"] if group.get("capturable") else int(state["step"].item())
 
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
         groups = state_dict["param_groups"]
@@ -211,7 +321,7 @@ class Optimizer(torch.optim.Optimizer):
                 )
             group = {**self.defaults, **theirs, "fused": None}  # it changes nothing but the speed
             self._check(group)
-            slots = self._scalars(group).program.slots
+            slots = self._program(group).slots
             for key, param in zip(theirs["params"], ours["params"], strict=True):
                 state = state_dict["state"].get(key) or {}
                 if any(value is not None for value in state.values()):
@@ -231,16 +341,15 @@ class Optimizer(torch.optim.Optimizer):
 class _Scalars:
     """The scalar part for one rule, evaluated once for all parameters of one step count."""
 
-    def __init__(self, program: Program, rule: Rule) -> None:
-        self.program, self.rule = program, rule
+    def __init__(self, program: Program, values: Mapping[str, Any]) -> None:
+        self.program, self.values = program, values
         self._known: dict[tuple[Any, torch.dtype], dict[str, Any]] = {}
 
     def at(self, t: Any, dtype: torch.dtype) -> dict[str, Any]:
         """On the host, unless a graph, CUDA's or autograd's, must see them."""
         if (t, dtype) not in self._known:
             number = _tensor if torch.is_tensor(t) or torch.is_grad_enabled() else _host
-            names = self.program.hyperparameters
-            values = {name: number(getattr(self.rule, name)) for name in names}
+            values = {name: number(self.values[name]) for name in self.program.hyperparameters}
             scalars = self.program.scalars(values, number(t), _tensor)
             self._known[t, dtype] = {
                 name: s.to(dtype) if torch.is_tensor(s) else s for name, s in scalars.items()
@@ -276,6 +385,12 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return _COMPUTE_DTYPES[dtype]
 
 
+@cache
+def _warn(why: str) -> None:
+    """Say once that steps are slow, and why."""
+    warnings.warn(f"portopt_torch updates parameters one by one, slowly: {why}", stacklevel=7)
+
+
 def _zero_steps(group: Mapping[str, Any], param: Tensor) -> Tensor:
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.zeros((), dtype=dtype, device=param.device if group.get("capturable") else "cpu")
@@ -283,8 +398,11 @@ def _zero_steps(group: Mapping[str, Any], param: Tensor) -> Tensor:
 
 def _add_slots(state: dict[str, Any], slots: tuple[str, ...], param: Tensor) -> None:
     for slot in slots:
-        if state.get(slot) is None:
+        old = state.get(slot)
+        if old is None:
             state[slot] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        elif old.stride() != param.stride():  # as a native's may be, which copies the gradient
+            state[slot] = torch.empty_like(param, dtype=old.dtype).copy_(old)
 
 
 def _check_slots(key: Any, state: Mapping[str, Any], slots: tuple[str, ...], param: Tensor) -> None:

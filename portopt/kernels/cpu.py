@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from portopt.arrays import compute_dtype
 from portopt.kernels import compiler, llvm
-from portopt.program import Instruction, Program
+from portopt.program import Program
 
 SPAN = 2**16
 """The most elements of a span: enough to stream, few enough to balance threads."""
@@ -114,35 +114,6 @@ class SquareSum(Launch):
         return math.fsum(self.sums) if finite else float(self.sums.sum())
 
 
-class Count(Launch):
-    """Counts the steps of tensors that keep their number in memory of their own.
-
-    Args:
-        dtype: The counts' dtype.
-        addresses: Where they stand.
-    """
-
-    program = Program(
-        rule="count",
-        hyperparameters=(),
-        slots=(),
-        scalar_part=(),
-        array_part=(Instruction("new", "add", ("param", 1.0)),),
-        outputs=(("param", "new"), ("grad", "new")),
-    )
-
-    def __init__(self, dtype: str, addresses: Sequence[int]) -> None:
-        self.counts = np.zeros(len(addresses))
-        copies = self.counts.ctypes.data + self.counts.itemsize * np.arange(len(addresses))
-        rows = [(at, copy, 0) for at, copy in zip(addresses, copies, strict=True)]
-        super().__init__(llvm.kernel(self.program, (dtype, "float64")), rows, [1] * len(addresses))
-
-    def run(self) -> npt.NDArray[np.float64]:
-        """One more for each; the new counts."""
-        self.launch(threads=1)
-        return self.counts
-
-
 @cache
 def refusal(storage: tuple[str, ...]) -> str | None:
     """Why arrays stored so, the parameter first, cannot go through a kernel; None if they can."""
@@ -155,6 +126,8 @@ def refusal(storage: tuple[str, ...]) -> str | None:
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether elements lie side by side, in some order of the dimensions; strides in elements."""
+    if 0 in shape:
+        return True
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size == 1:

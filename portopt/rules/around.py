@@ -13,6 +13,7 @@ from portopt.rules.base import (
     NonNegative,
     Rule,
     Update,
+    is_zero,
 )
 
 
@@ -94,7 +95,7 @@ class Around(Hyperparameters):
     @property
     def scalars(self) -> tuple[str, ...]:
         """Names of what `step` uses of its own fields, and ``grad_norm`` if it needs that."""
-        used = tuple(name for name in self.hyperparameters() if getattr(self, name))
+        used = tuple(name for name in self.hyperparameters() if not is_zero(getattr(self, name)))
         return (*used, "grad_norm") if self.clip_norm else used
 
     @property

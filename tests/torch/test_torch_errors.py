@@ -96,7 +96,8 @@ def test_hyperparameter_out_of_range(name, bad):
         ("SGD", {"nesterov": 1}, ValueError, "Nesterov momentum requires"),
         ("RMSprop", {"centered": None}, TypeError, "centered must be True or False, got None"),
         ("Adam", {"maximize": 0.0}, TypeError, "maximize must be True or False, got 0.0"),
-        ("Adam", {"fused": True}, RuntimeError, "`fused=True` is not possible"),
+        ("Adam", {"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot"),
+        ("Adam", {"fused": True, "differentiable": True}, RuntimeError, "`fused` "),
         ("Adam", {"learning_rate": 0.1}, TypeError, "Adam.__init__() got an unexpected keyword"),
     ],
 )

@@ -13,7 +13,9 @@ def test_signature_is_the_natives(name):
         parameters = inspect.signature(cls).parameters.values()
         return [(p.name, p.kind, p.default) for p in parameters]
 
-    assert signature(ours(name)) == signature(native(name))
+    (*same, around) = signature(ours(name))
+    assert same == signature(native(name))
+    assert around == ("around", inspect.Parameter.KEYWORD_ONLY, None)
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=IDS)
