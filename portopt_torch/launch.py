@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from portopt.kernels import cpu
 from portopt.program import Program
+from portopt_torch.plain import Member
 
-_STORAGE = {
+STORAGE = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
     torch.float32: "float32",
@@ -24,53 +24,9 @@ _STORAGE = {
 }
 
 
-def refusal(tensors: Sequence[Tensor], step: Tensor | None) -> str | None:
-    """Why the operands of one parameter cannot go through a kernel; None if they can.
-
-    Args:
-        tensors: The parameter, its gradient and its slots.
-        step: Its number of steps, if there is one.
-    """
-    param = tensors[0]
-    if step is not None and (step.device.type != "cpu" or not step.is_floating_point()):
-        return f"a number of steps is a {step.dtype} on device {step.device}"
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
-            return f"a tensor is a {type(tensor).__name__} of layout {tensor.layout}"
-        if tensor.device.type != "cpu":
-            return f"a tensor is on device {tensor.device}"
-        if tensor.dtype not in _STORAGE:
-            return f"a tensor has dtype {tensor.dtype}"
-        if tensor.is_conj() or tensor.is_neg():
-            return "a tensor is a lazy conjugate or negative"
-        if tensor.shape != param.shape or tensor.stride() != param.stride():
-            return "a gradient or slot lies otherwise in memory than its parameter"
-    if not cpu.is_dense(param.shape, param.stride()):
-        return "a parameter has gaps in its memory"
-    return cpu.refusal(storage(tensors))
-
-
 def storage(tensors: Sequence[Tensor]) -> tuple[str, ...]:
     """The dtypes of the operands' elements; a complex number is two of them."""
-    return tuple(_STORAGE[tensor.dtype] for tensor in tensors)
-
-
-class Member(NamedTuple):
-    """One parameter of a plan.
-
-    Attributes:
-        place: Its place among all parameters of the optimizer.
-        group: The place of its group.
-        param: The parameter, which has a gradient.
-        state: Its state, with every slot, and with "step" if steps are counted.
-        first: Whether this is its first step.
-    """
-
-    place: int
-    group: int
-    param: Tensor
-    state: dict[str, Any]
-    first: bool
+    return tuple(STORAGE[tensor.dtype] for tensor in tensors)
 
 
 class Batch:
@@ -80,7 +36,7 @@ class Batch:
 
     Args:
         program: What to compute.
-        members: The parameters, none with anything that `refusal` refuses.
+        members: The parameters, none that has to go the plain way.
     """
 
     def __init__(self, program: Program, members: list[Member]) -> None:
@@ -91,7 +47,7 @@ class Batch:
         self.groups = np.array([member.group for member in members])
         self.kept = self._kept()
         self.addresses = _addresses(self.kept)
-        grads = [_grad(param) for param in self.params]
+        grads = [gradient(param) for param in self.params]
         self.dtype, self.layout = grads[0].dtype, _layout(grads)
         sizes = [grad.numel() * (1 + grad.is_complex()) for grad in grads]
         columns = np.reshape(self.addresses, (-1, len(members)))
@@ -155,50 +111,6 @@ class Batch:
         torch.autograd.graph.increment_version(self.params)
 
 
-class Plan(NamedTuple):
-    """What a step launches, as long as nothing but the gradients moves.
-
-    Attributes:
-        programs: For each group, its program.
-        params: All parameters.
-        present: For each parameter, whether it has a gradient.
-        states: All states, by their identities: the batches keep them alive.
-        batches: The launches.
-        rest: Those that do not go through a kernel.
-    """
-
-    programs: list[Program]
-    params: list[Tensor]
-    present: list[bool]
-    states: list[int]
-    batches: list[Batch]
-    rest: list[Member]
-
-    def fits(
-        self, programs: list[Program], groups: list[dict[str, Any]], state: Mapping[Any, Any]
-    ) -> bool:
-        """Whether it holds for these as well; notes where the gradients are now."""
-        params = [param for group in groups for param in group["params"]]
-        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
-            return False
-        grads = [param.grad for param in params]
-        return (
-            all(map(is_, programs, self.programs))
-            and [grad is not None for grad in grads] == self.present
-            and [*map(id, state.values())] == self.states
-            and all(batch.fits(grads) for batch in self.batches)
-        )
-
-    def grad_norm(self, threads: int) -> float:
-        """The 2-norm of all gradients together."""
-        total = sum(batch.square_sum.run(threads) for batch in self.batches)
-        for member in self.rest:
-            grad = _grad(member.param)
-            real = torch.view_as_real(grad) if grad.is_complex() else grad
-            total += torch.linalg.vector_norm(real, dtype=torch.float64).item() ** 2
-        return math.sqrt(total)
-
-
 def _layout(tensors: Sequence[Tensor]) -> tuple[list[int], list[bool] | list[tuple[int, ...]]]:
     """How many elements tensors have, and in which order they lie."""
     contiguous = [*map(Tensor.is_contiguous, tensors)]
@@ -210,7 +122,8 @@ def _addresses(tensors: Sequence[Any]) -> list[int]:
     return [*map(Tensor.data_ptr, tensors)]
 
 
-def _grad(param: Tensor) -> Tensor:
+def gradient(param: Tensor) -> Tensor:
+    """The gradient of a parameter that has one."""
     if param.grad is None:
         raise ValueError("a parameter of a batch must have a gradient")
     return param.grad

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
-from array_api_compat import torch as xp
 from torch import Tensor
 
-from portopt.arrays import STORAGE_DTYPES, compute_dtype
 from portopt.program import Program
 from portopt.rules import Around, HyperparameterError, Rule
 from portopt.trace import trace
-from portopt_torch.launch import Batch, Member, Plan, refusal, storage
+from portopt_torch import plain
+from portopt_torch.plan import Plan, add_slots, make_plan, zero_steps
 
 NATIVE_WORDS = {
     "lr": "Invalid learning rate",
@@ -109,8 +106,8 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         rest = self._launch(compiling=torch.compiler.is_compiling())
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
-            for scalars, member in rest:
-                self._update(scalars, member)
+            for scalars, members in rest:
+                plain.update(scalars, members)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,7 +116,7 @@ class Optimizer(torch.optim.Optimizer):
             slots = self._program(group).slots
             for param in group["params"]:
                 if self.state.get(param):
-                    _add_slots(self.state[param], slots, param)
+                    add_slots(self.state[param], slots, param)
         state: dict[str, Any] = super().state_dict()
         return state
 
@@ -169,7 +166,7 @@ class Optimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 step = self.state.get(param, {}).get("step")
                 if step is not None and not torch.is_tensor(step):
-                    self.state[param]["step"] = _zero_steps(group, param).fill_(float(step))
+                    self.state[param]["step"] = zero_steps(group, param).fill_(float(step))
 
     def _check(self, group: Mapping[str, Any]) -> None:
         if group.get("fused"):
@@ -181,7 +178,7 @@ class Optimizer(torch.optim.Optimizer):
             if torch.is_tensor(value) and value.numel() != 1:
                 raise ValueError(f"Tensor {name} must be 1-element, got shape {value.shape}")
         try:
-            cls(**{name: _host(value) for name, value in values.items()})
+            cls(**{name: plain.host(value) for name, value in values.items()})
         except HyperparameterError as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             if error.name not in NATIVE_WORDS or (kind is TypeError and error.name == "nesterov"):
@@ -205,8 +202,8 @@ class Optimizer(torch.optim.Optimizer):
         return Around.unchecked(**{**vars(self.around), "grad_scale": scale})
 
     @torch._disable_dynamo  # the compiler is to see the rule, and none of this
-    def _launch(self, *, compiling: bool) -> list[tuple[_Scalars, Member]]:
-        """Launch the kernels; returns those parameters that do not go through one."""
+    def _launch(self, *, compiling: bool) -> list[tuple[plain.Scalars, list[plain.Member]]]:
+        """Launch the kernels; returns, group by group, the parameters that go the plain way."""
         around = self._scaled()
         if around is None:
             return []
@@ -215,7 +212,7 @@ class Optimizer(torch.optim.Optimizer):
         plan = None if compiling else self._plan
         if plan is None or not plan.fits(programs, self.param_groups, self.state):
             plan = self._plan = None  # what it keeps alive may go before more is made
-            plan = self._make_plan(programs, compiling)
+            plan = make_plan(self, programs, compiling=compiling)
         values = [vars(rule) | vars(around) for rule in rules]
         threads = torch.get_num_threads()
         if around.needs_norm:
@@ -224,90 +221,17 @@ class Optimizer(torch.optim.Optimizer):
                 return []
             values = [{**one, "grad_norm": norm} for one in values]
         if plan.batches:
-            on_host = [{name: _host(value) for name, value in one.items()} for one in values]
+            on_host = [{name: plain.host(value) for name, value in one.items()} for one in values]
             for batch in plan.batches:
                 batch.prepare(on_host)
             for batch in plan.batches:
                 batch.run(threads)
         self._plan = plan._replace(rest=[member._replace(first=False) for member in plan.rest])
-        scalars = [_Scalars(*both) for both in zip(programs, values, strict=True)]
-        return [(scalars[member.group], member) for member in plan.rest]
-
-    def _make_plan(self, programs: list[Program], compiling: bool) -> Plan:
-        """Give every parameter with a gradient its state, and its way to go."""
-        params = [(g, p) for g, group in enumerate(self.param_groups) for p in group["params"]]
-        refusals = {
-            place: self._refusal(self.param_groups[g], programs[g].slots, param, compiling)
-            for place, (g, param) in enumerate(params)
-            if param.grad is not None
-        }
-        alike: dict[Any, list[Member]] = {}
-        rest: list[Member] = []
-        seen: set[int] = set()  # what stands there twice is updated twice, one after the other
-        for place, refused in refusals.items():
-            g, param = params[place]
-            program, group = programs[g], self.param_groups[g]
-            state = self.state[param] if program.slots or self.keeps_step else {}
-            first = all(state.get(slot) is None for slot in program.slots)
-            if self.keeps_step and "step" not in state:
-                state["step"] = _zero_steps(group, param)
-            _add_slots(state, program.slots, param)
-            member = Member(place, g, param, state, first)
-            if refused or id(param) in seen:
-                rest.append(member)
-                continue
-            seen.add(id(param))
-            stored = [param, param.grad, *(state[slot] for slot in program.slots)]
-            counted = [state["step"]] if self.keeps_step else []
-            alike.setdefault((program, *storage(stored + counted)), []).append(member)
-        return Plan(
-            programs=programs,
-            params=[param for _, param in params],
-            present=[param.grad is not None for _, param in params],
-            states=[*map(id, self.state.values())],
-            batches=[Batch(key[0], members) for key, members in alike.items()],
-            rest=rest,
-        )
-
-    def _refusal(
-        self, group: Mapping[str, Any], slots: tuple[str, ...], param: Tensor, compiling: bool
-    ) -> str:
-        """Why ``param`` does not go through a kernel; nothing is changed yet."""
-        if param.grad.is_sparse:
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-        _compute_dtype(param.dtype)
-        fused = group.get("fused")
-        if compiling or group.get("differentiable"):
-            return "the rule runs as it stands"
-        if not fused and (fused is False or group.get("foreach") is not None):
-            return "another way was chosen"
-        state = self.state.get(param, {})
-        kept = [state[slot] for slot in slots if state.get(slot) is not None]
-        alike = [slot for slot in kept if slot.stride() == param.stride()]  # the others will be
-        why = refusal([param, param.grad, *alike], state.get("step"))
-        if why and fused:
-            raise RuntimeError(f"`fused=True` is not possible: {why}")
-        if why:
-            _warn(why)
-        return why or ""
-
-    def _update(self, scalars: _Scalars, member: Member) -> None:
-        program, param, state = scalars.program, member.param, member.state
-        t: Any = 1 if member.first else 2  # all that a rule without a count may ask
-        if self.keeps_step:
-            state["step"] += 1
-            capturable = self.param_groups[member.group].get("capturable")
-            on_device = capturable or torch.compiler.is_compiling()
-            t = state["step"] if on_device else int(state["step"].item())
-        stored = {"param": param, "grad": param.grad, **{s: state[s] for s in program.slots}}
-        stored = {k: torch.view_as_real(v) if v.is_complex() else v for k, v in stored.items()}
-        dtype = _compute_dtype(param.dtype)
-        # Autograd may keep what the rule read, and what it read is about to be written.
-        copy = torch.is_grad_enabled()
-        arrays = {key: tensor.to(dtype, copy=copy) for key, tensor in stored.items()}
-        new = program.run(xp, scalars.at(t, dtype), arrays)
-        for key, value in new.items():
-            stored[key].copy_(value)
+        work = []
+        for g, group in enumerate(self.param_groups):
+            scalars = plain.Scalars(programs[g], values[g], compiling or group.get("capturable"))
+            work.append((scalars, [member for member in plan.rest if member.group == g]))
+        return work
 
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
         groups = state_dict["param_groups"]
@@ -336,73 +260,6 @@ class Optimizer(torch.optim.Optimizer):
                 for name, value in state_dict["state"].get(key, {}).items():
                     if torch.is_tensor(value) and value.dtype != self.state[param][name].dtype:
                         self.state[param][name] = value.detach().to(param.device, copy=True)
-
-
-class _Scalars:
-    """The scalar part for one rule, evaluated once for all parameters of one step count."""
-
-    def __init__(self, program: Program, values: Mapping[str, Any]) -> None:
-        self.program, self.values = program, values
-        self._known: dict[tuple[Any, torch.dtype], dict[str, Any]] = {}
-
-    def at(self, t: Any, dtype: torch.dtype) -> dict[str, Any]:
-        """On the host, unless a graph, CUDA's or autograd's, must see them."""
-        if (t, dtype) not in self._known:
-            number = _tensor if torch.is_tensor(t) or torch.is_grad_enabled() else _host
-            values = {name: number(self.values[name]) for name in self.program.hyperparameters}
-            scalars = self.program.scalars(values, number(t), _tensor)
-            self._known[t, dtype] = {
-                name: s.to(dtype) if torch.is_tensor(s) else s for name, s in scalars.items()
-            }
-        return self._known[t, dtype]
-
-
-def _tensor(value: Any) -> Any:
-    """A number, in float64, and a tensor if it is one."""
-    return value.double().reshape(()) if torch.is_tensor(value) else float(value)
-
-
-def _host(value: Any) -> Any:
-    return value.item() if torch.is_tensor(value) else value
-
-
-# A table, as torch.compile warns of a function with a cache.
-_COMPUTE_DTYPES: dict[torch.dtype, torch.dtype] = {
-    getattr(torch, storage): getattr(torch, compute_dtype(storage)) for storage in STORAGE_DTYPES
-} | {
-    torch.complex32: torch.float32,
-    torch.complex64: torch.float32,
-    torch.complex128: torch.float64,
-}
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in _COMPUTE_DTYPES:
-        raise TypeError(
-            f"parameters with a gradient must be of {', '.join(STORAGE_DTYPES)} or complex numbers "
-            f"of these, got {dtype}"
-        )
-    return _COMPUTE_DTYPES[dtype]
-
-
-@cache
-def _warn(why: str) -> None:
-    """Say once that steps are slow, and why."""
-    warnings.warn(f"portopt_torch updates parameters one by one, slowly: {why}", stacklevel=7)
-
-
-def _zero_steps(group: Mapping[str, Any], param: Tensor) -> Tensor:
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.zeros((), dtype=dtype, device=param.device if group.get("capturable") else "cpu")
-
-
-def _add_slots(state: dict[str, Any], slots: tuple[str, ...], param: Tensor) -> None:
-    for slot in slots:
-        old = state.get(slot)
-        if old is None:
-            state[slot] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        elif old.stride() != param.stride():  # as a native's may be, which copies the gradient
-            state[slot] = torch.empty_like(param, dtype=old.dtype).copy_(old)
 
 
 def _check_slots(key: Any, state: Mapping[str, Any], slots: tuple[str, ...], param: Tensor) -> None:

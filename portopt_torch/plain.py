@@ -1,0 +1,209 @@
+"""The plain way: a program run by PyTorch's own operations, on one tensor or on lists of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import torch
+from array_api_compat import torch as xp
+from torch import Tensor
+
+from portopt.arrays import FUNCTIONS, STORAGE_DTYPES, compute_dtype
+from portopt.program import OPS, Program
+
+_COMPUTE_DTYPES: dict[torch.dtype, torch.dtype] = {
+    getattr(torch, storage): getattr(torch, compute_dtype(storage)) for storage in STORAGE_DTYPES
+} | {
+    torch.complex32: torch.float32,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
+
+
+class Member(NamedTuple):
+    """One parameter that is to be updated.
+
+    Attributes:
+        place: Its place among all parameters of the optimizer.
+        group: The place of its group.
+        param: The parameter, which has a gradient.
+        state: Its state, with every slot, and with "step" if steps are counted.
+        first: Whether this is its first step.
+        foreach: Whether it may be updated together with others, by lists of tensors.
+    """
+
+    place: int
+    group: int
+    param: Tensor
+    state: dict[str, Any]
+    first: bool
+    foreach: bool
+
+
+class Scalars:
+    """The scalar part of a program, evaluated once for all parameters of one step count.
+
+    Args:
+        program: The program.
+        values: What `Program.scalars` asks for: numbers, or tensors of one element.
+        on_device: Whether the scalars must be tensors, as a graph must see them.
+    """
+
+    def __init__(self, program: Program, values: Mapping[str, Any], on_device: bool) -> None:
+        self.program, self.values, self.on_device = program, values, on_device
+        self._known: dict[tuple[Any, torch.dtype], dict[str, Any]] = {}
+
+    def at(self, t: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """The scalars of step ``t``; what is a tensor has ``dtype``."""
+        if (t, dtype) not in self._known:
+            number = _tensor if self.on_device or torch.is_grad_enabled() else host
+            values = {name: number(self.values[name]) for name in self.program.hyperparameters}
+            scalars = self.program.scalars(values, number(t), _tensor)
+            self._known[t, dtype] = {
+                name: s.to(dtype) if torch.is_tensor(s) else s for name, s in scalars.items()
+            }
+        return self._known[t, dtype]
+
+
+def update(scalars: Scalars, members: Iterable[Member]) -> None:
+    """Update parameters of one group, each that may be along with others like it."""
+    alike: dict[Any, list[Member]] = {}
+    for member in members:
+        t: Any = 1 if member.first else 2  # all that a rule without a count may ask
+        if "step" in member.state:
+            member.state["step"] += 1
+            t = member.state["step"] if scalars.on_device else int(member.state["step"].item())
+        dtype, device = member.param.dtype, member.param.device
+        key = (t, dtype, device) if member.foreach else (t, dtype, device, member.place)
+        alike.setdefault(key, []).append(member)
+    for (t, dtype, *_), together in alike.items():
+        _update(scalars.program, scalars.at(t, _COMPUTE_DTYPES[dtype]), together)
+
+
+def _update(program: Program, scalars: Mapping[str, Any], members: Sequence[Member]) -> None:
+    stored = {
+        name: [_real(_operand(member, name)) for member in members] for name in program.operands
+    }
+    dtype = _COMPUTE_DTYPES[members[0].param.dtype]
+    # Autograd may keep what the rule read, and what it read is about to be written.
+    copy = torch.is_grad_enabled()
+    read = {name: [x.to(dtype, copy=copy) for x in tensors] for name, tensors in stored.items()}
+    if len(members) == 1:
+        one = program.run(xp, scalars, {name: tensors[0] for name, tensors in read.items()})
+        new = {name: [value] for name, value in one.items()}
+    else:
+        lists = {name: TensorList(tensors) for name, tensors in read.items()}
+        new = {k: v.tensors for k, v in program.run(_Functions(), scalars, lists).items()}
+    for name, values in new.items():
+        for tensor, value in zip(stored[name], values, strict=True):
+            tensor.copy_(value)
+
+
+_FOREACH: dict[str, Callable[..., Any]] = {
+    "add": torch._foreach_add,
+    "sub": torch._foreach_sub,
+    "mul": torch._foreach_mul,
+    "div": torch._foreach_div,
+    "neg": torch._foreach_neg,
+    "abs": torch._foreach_abs,
+    "exp": torch._foreach_exp,
+    "log": torch._foreach_log,
+    "sign": torch._foreach_sign,
+    "sqrt": torch._foreach_sqrt,
+    "maximum": torch._foreach_maximum,
+    "minimum": torch._foreach_minimum,
+}
+"""What PyTorch does to all tensors of a list at once."""
+
+
+class TensorList:
+    """Tensors of one dtype and device as one array of the protocol."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+
+    def __add__(self, other: Any) -> TensorList:
+        return _apply("add", self, other)
+
+    def __radd__(self, other: Any) -> TensorList:
+        return _apply("add", self, other)
+
+    def __sub__(self, other: Any) -> TensorList:
+        return _apply("sub", self, other)
+
+    def __rsub__(self, other: Any) -> TensorList:
+        return _apply("sub", other, self)
+
+    def __mul__(self, other: Any) -> TensorList:
+        return _apply("mul", self, other)
+
+    def __rmul__(self, other: Any) -> TensorList:
+        return _apply("mul", self, other)
+
+    def __truediv__(self, other: Any) -> TensorList:
+        return _apply("div", self, other)
+
+    def __rtruediv__(self, other: Any) -> TensorList:
+        return _apply("div", other, self)
+
+    def __neg__(self) -> TensorList:
+        return _apply("neg", self)
+
+    def __abs__(self) -> TensorList:
+        return _apply("abs", self)
+
+    def __lt__(self, other: Any) -> TensorList:
+        return _apply("less", self, other)
+
+    def __gt__(self, other: Any) -> TensorList:
+        return _apply("less", other, self)
+
+
+class _Functions:
+    """The namespace of `TensorList`."""
+
+    def __getattr__(self, name: str) -> Callable[..., TensorList]:
+        if name not in FUNCTIONS:
+            raise AttributeError(f"the array protocol has no {name!r}")
+        return lambda *operands: _apply(name, *operands)
+
+
+def _apply(op: str, *operands: Any) -> TensorList:
+    """An operation on lists and scalars: at once if PyTorch can, else tensor by tensor."""
+    together = _FOREACH.get(op)
+    plain = [x.tensors if isinstance(x, TensorList) else x for x in operands]
+    if together and isinstance(plain[0], Sequence) and not any(map(torch.is_tensor, plain)):
+        return TensorList(together(*plain))
+    rows = zip(*(x if isinstance(x, Sequence) else repeat(x) for x in plain), strict=False)
+    return TensorList([OPS[op].meaning(xp, *row) for row in rows])
+
+
+def host(value: Any) -> Any:
+    """A number on the host."""
+    return value.item() if torch.is_tensor(value) else value
+
+
+def _tensor(value: Any) -> Any:
+    """A number, in float64, and a tensor if it is one."""
+    return value.double().reshape(()) if torch.is_tensor(value) else float(value)
+
+
+def _operand(member: Member, name: str) -> Tensor:
+    own = {"param": member.param, "grad": member.param.grad}
+    found: Tensor = own[name] if name in own else member.state[name]
+    return found
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise a TypeError if parameters of ``dtype`` cannot be updated."""
+    if dtype not in _COMPUTE_DTYPES:
+        raise TypeError(
+            f"parameters with a gradient must be of {', '.join(STORAGE_DTYPES)} or complex numbers "
+            f"of these, got {dtype}"
+        )
