@@ -12,7 +12,8 @@ from torch import Tensor
 
 from portopt.kernels import cpu
 from portopt.program import Program
-from portopt_torch.plain import Member
+from portopt_torch import cuda
+from portopt_torch.plain import Member, as_scalar, host
 
 STORAGE = {
     torch.float16: "float16",
@@ -54,40 +55,52 @@ class Batch:
         table = np.insert(columns, 1, _addresses(grads), axis=0).T
         slots = [self.states[0][slot] for slot in program.slots]
         stored = storage([self.params[0], grads[0], *slots])
-        self.step = cpu.Step(program, stored, table, sizes)
-        self.square_sum = cpu.SquareSum(stored[1], table[:, 1], sizes)
-        self.steps, self.views = None, []
-        if "step" in self.states[0]:
-            self.steps = torch.stack([state["step"] for state in self.states])
-            self.views = [*self.steps.unbind()]
-            for state, view in zip(self.states, self.views, strict=True):
+        self._make_launches(stored, table, sizes)
+        self.counting = self.states if "step" in self.states[0] else []
+        self.views: list[Tensor] = []
+        if self.counting:
+            self.steps = torch.stack([state["step"] for state in self.counting])
+            self.views += self.steps.unbind()
+            for state, view in zip(self.counting, self.views, strict=True):
                 state["step"] = view
         self.t = np.where([member.first for member in members], 1.0, 2.0)
 
     def _kept(self) -> list[Tensor]:
         """All that the launch works on and that stays from step to step."""
-        slots = [state.get(slot) for slot in self.program.slots for state in self.states]
+        slots = [state[slot] for slot in self.program.slots for state in self.states]
         return [*self.params, *slots]
 
     def fits(self, all_grads: Sequence[Tensor | None]) -> bool:
         """Whether all is as it was but the gradients' places, which are noted."""
         grads: list[Any] = [all_grads[place] for place in self.places]
-        kept = self._kept()
-        steps = [state.get("step") for state in self.states] if self.views else []
-        if not all(map(is_, kept, self.kept)) or not all(map(is_, steps, self.views)):
-            return False
         if {*map(type, grads)} != {Tensor} or {grad.dtype for grad in grads} != {self.dtype}:
             return False
         try:
-            if _addresses(kept) != self.addresses or _layout(grads) != self.layout:
+            # What is elsewhere is something else, for what was here is kept alive.
+            if _addresses(self._kept()) != self.addresses or _layout(grads) != self.layout:
+                return False
+            if not all(map(is_, [state["step"] for state in self.counting], self.views)):
                 return False
             if self.dtype.is_complex and any(map(Tensor.is_conj, grads)):
                 return False
             addresses = _addresses(grads)
-        except RuntimeError:  # a sparse gradient has neither strides nor an address
+        except (KeyError, RuntimeError):  # no such slot; a sparse gradient, without an address
             return False
         self.step.table[:, 1] = self.square_sum.table[:, 0] = addresses
         return True
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the steps are counted where the host does not see it."""
+        return bool(self.counting) and self.steps.is_cuda
+
+    def _make_launches(self, stored: tuple[str, ...], table: Any, sizes: list[int]) -> None:
+        self.step = cpu.Step(self.program, stored, table, sizes)
+        self.square_sum = cpu.SquareSum(stored[1], table[:, 1], sizes)
+
+    def sum_squares(self) -> Any:
+        """The sum of squares of all gradients: a number, or a tensor of one on the device."""
+        return self.square_sum.run(torch.get_num_threads())
 
     def prepare(self, values: Sequence[Mapping[str, Any]]) -> None:
         """Form the scalars of the next step; changes no tensor.
@@ -95,20 +108,61 @@ class Batch:
         Args:
             values: For each group, what `Program.scalars` asks for.
         """
-        t = self.t if self.steps is None else self.steps.numpy() + 1.0
-        kinds = (t * len(values) + self.groups).astype(np.int64).tolist()
-        places = {kind: place for place, kind in enumerate(dict.fromkeys(kinds))}
-        self.which = [places[kind] for kind in kinds]
-        pairs = [divmod(kind, len(values)) for kind in places]
-        self.scalars = [self.program.scalars(values[group], step) for step, group in pairs]
+        t = self.steps.numpy() + 1.0 if self.counting else self.t
+        kinds, self.which = _numbered((t * len(values) + self.groups).astype(np.int64))
+        pairs = [divmod(kind, len(values)) for kind in kinds]
+        numbers = [{name: host(value) for name, value in one.items()} for one in values]
+        self.scalars = [self.program.scalars(numbers[group], step) for step, group in pairs]
 
-    def run(self, threads: int) -> None:
-        """Count the step, and update every parameter and slot."""
-        if self.steps is not None:
-            self.steps += 1
+    def run(self, found_inf: Tensor | None = None) -> None:
+        """Count the step, and update every parameter and slot.
+
+        Args:
+            found_inf: On the device, where the host has not asked: if it is not 0, nothing changes.
+        """
+        if self.counting:
+            self.steps += 1 if found_inf is None else 1 - found_inf
         self.t[:] = 2.0
-        self.step.run(self.scalars, self.which, threads)
+        self._run(found_inf)
         torch.autograd.graph.increment_version(self.params)
+
+    def _run(self, found_inf: Tensor | None) -> None:
+        self.step.run(self.scalars, self.which, torch.get_num_threads())
+
+
+class CudaBatch(Batch):
+    """A batch on a CUDA device, which never waits for it where steps are counted there."""
+
+    def _make_launches(self, stored: tuple[str, ...], table: Any, sizes: list[int]) -> None:
+        device = self.params[0].device
+        self.step = cuda.Step(self.program, stored, table, sizes, device)
+        self.square_sum = cuda.SquareSum(stored[1], table[:, 1], sizes, device)
+
+    def sum_squares(self) -> Any:
+        return self.square_sum.run()
+
+    def prepare(self, values: Sequence[Mapping[str, Any]]) -> None:
+        if not self.on_device:
+            super().prepare(values)
+            return self.step.set(self.scalars, self.which)
+        for group in dict.fromkeys(self.groups.tolist()):
+            (places,) = np.nonzero(self.groups == group)
+            part = slice(int(places[0]), int(places[-1]) + 1)  # groups come one after the other
+            numbers = {name: as_scalar(value) for name, value in values[group].items()}
+            t = self.steps[part].double() + 1
+            self.step.set_on_device(part, self.program.scalars(numbers, t, Tensor.double))
+        return None
+
+    def _run(self, found_inf: Tensor | None) -> None:
+        self.step.run(found_inf)
+
+
+def _numbered(kinds: Any) -> tuple[list[int], Any]:
+    """The different kinds, and for each place which of them stands there."""
+    if (kinds == kinds[0]).all():  # nearly always, and faster
+        return [int(kinds[0])], np.zeros(len(kinds), np.int64)
+    found, which = np.unique(kinds, return_inverse=True)
+    return found.tolist(), which
 
 
 def _layout(tensors: Sequence[Tensor]) -> tuple[list[int], list[bool] | list[tuple[int, ...]]]:

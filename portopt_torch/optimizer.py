@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -190,23 +189,10 @@ class Optimizer(torch.optim.Optimizer):
         cls, values = self.rule_of(group)
         return trace(cls.unchecked(**values), self.around)
 
-    def _scaled(self) -> Around | None:
-        """`around` with the scale of GradScaler; None if it says that the step must not be."""
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
-            return None
-        if scale is None:
-            return self.around
-        if self.around.grad_scale:
-            scale = scale * self.around.grad_scale
-        return Around.unchecked(**{**vars(self.around), "grad_scale": scale})
-
     @torch._disable_dynamo  # the compiler is to see the rule, and none of this
     def _launch(self, *, compiling: bool) -> list[tuple[plain.Scalars, list[plain.Member]]]:
         """Launch the kernels; returns, group by group, the parameters that go the plain way."""
         around = self._scaled()
-        if around is None:
-            return []
         rules = [cls.unchecked(**values) for cls, values in map(self.rule_of, self.param_groups)]
         programs = [trace(rule, around) for rule in rules]
         plan = None if compiling else self._plan
@@ -214,24 +200,36 @@ class Optimizer(torch.optim.Optimizer):
             plan = self._plan = None  # what it keeps alive may go before more is made
             plan = make_plan(self, programs, compiling=compiling)
         values = [vars(rule) | vars(around) for rule in rules]
-        threads = torch.get_num_threads()
+        skip: Any = getattr(self, "found_inf", None)  # GradScaler's
         if around.needs_norm:
-            norm = plan.grad_norm(threads)
-            if around.skip_nonfinite and not math.isfinite(norm):
-                return []
+            norm = plan.grad_norm()
             values = [{**one, "grad_norm": norm} for one in values]
-        if plan.batches:
-            on_host = [{name: plain.host(value) for name, value in one.items()} for one in values]
-            for batch in plan.batches:
-                batch.prepare(on_host)
-            for batch in plan.batches:
-                batch.run(threads)
+            if around.skip_nonfinite:
+                is_bad = norm - norm != 0  # as for NaN and Inf alone
+                skip = is_bad if skip is None else skip + is_bad
+        if not plan.on_device:
+            if skip is not None and plain.host(skip):
+                return []
+            skip = None
+        for batch in plan.batches:
+            batch.prepare(values)
+        for batch in plan.batches:
+            batch.run(skip)
         self._plan = plan._replace(rest=[member._replace(first=False) for member in plan.rest])
         work = []
         for g, group in enumerate(self.param_groups):
             scalars = plain.Scalars(programs[g], values[g], compiling or group.get("capturable"))
             work.append((scalars, [member for member in plan.rest if member.group == g]))
         return work
+
+    def _scaled(self) -> Around:
+        """`around`, with the scale of GradScaler if it has set one."""
+        scale = getattr(self, "grad_scale", None)
+        if scale is None:
+            return self.around
+        if self.around.grad_scale:
+            scale = scale * self.around.grad_scale
+        return Around.unchecked(**{**vars(self.around), "grad_scale": scale})
 
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
         groups = state_dict["param_groups"]

@@ -58,9 +58,9 @@ class Scalars:
     def at(self, t: Any, dtype: torch.dtype) -> dict[str, Any]:
         """The scalars of step ``t``; what is a tensor has ``dtype``."""
         if (t, dtype) not in self._known:
-            number = _tensor if self.on_device or torch.is_grad_enabled() else host
+            number = as_scalar if self.on_device or torch.is_grad_enabled() else host
             values = {name: number(self.values[name]) for name in self.program.hyperparameters}
-            scalars = self.program.scalars(values, number(t), _tensor)
+            scalars = self.program.scalars(values, number(t), as_scalar)
             self._known[t, dtype] = {
                 name: s.to(dtype) if torch.is_tensor(s) else s for name, s in scalars.items()
             }
@@ -185,7 +185,7 @@ def host(value: Any) -> Any:
     return value.item() if torch.is_tensor(value) else value
 
 
-def _tensor(value: Any) -> Any:
+def as_scalar(value: Any) -> Any:
     """A number, in float64, and a tensor if it is one."""
     return value.double().reshape(()) if torch.is_tensor(value) else float(value)
 

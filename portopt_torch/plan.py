@@ -14,8 +14,9 @@ from torch import Tensor
 
 from portopt.kernels import cpu
 from portopt.program import Program
-from portopt_torch.launch import STORAGE, Batch, gradient, storage
-from portopt_torch.plain import Member, check_dtype
+from portopt_torch import cuda
+from portopt_torch.launch import STORAGE, Batch, CudaBatch, gradient, storage
+from portopt_torch.plain import Member, check_dtype, host
 
 if TYPE_CHECKING:
     from portopt_torch.optimizer import Optimizer
@@ -55,14 +56,19 @@ class Plan(NamedTuple):
             and all(batch.fits(grads) for batch in self.batches)
         )
 
-    def grad_norm(self, threads: int) -> float:
-        """The 2-norm of all gradients together."""
-        total = sum(batch.square_sum.run(threads) for batch in self.batches)
+    @property
+    def on_device(self) -> bool:
+        """Whether the host knows nothing of the steps, so that nothing may ask it to wait."""
+        return bool(self.batches) and not self.rest and all(b.on_device for b in self.batches)
+
+    def grad_norm(self) -> Any:
+        """The 2-norm of all gradients together: a number, or a tensor of one on the device."""
+        total: Any = sum(batch.sum_squares() for batch in self.batches)
         for member in self.rest:
             grad = gradient(member.param)
             real = torch.view_as_real(grad) if grad.is_complex() else grad
-            total += torch.linalg.vector_norm(real, dtype=torch.float64).item() ** 2
-        return math.sqrt(total)
+            total = total + torch.linalg.vector_norm(real, dtype=torch.float64).square()
+        return total.sqrt() if self.on_device else math.sqrt(host(total))
 
 
 def make_plan(optimizer: Optimizer, programs: list[Program], *, compiling: bool) -> Plan:
@@ -106,13 +112,17 @@ def make_plan(optimizer: Optimizer, programs: list[Program], *, compiling: bool)
         seen.add(id(param))
         stored = [param, gradient(param), *(own[slot] for slot in slots)]
         counted = [own["step"]] if keeps_step else []
-        alike.setdefault((programs[g], *storage(stored + counted)), []).append(member)
+        where = param.device, *(step.device for step in counted)
+        alike.setdefault((programs[g], *where, *storage(stored + counted)), []).append(member)
     return Plan(
         programs=programs,
         params=[param for _, param in params],
         present=[param.grad is not None for _, param in params],
         states=[*map(id, state.values())],
-        batches=[Batch(key[0], members) for key, members in alike.items()],
+        batches=[
+            (CudaBatch if device.type == "cuda" else Batch)(program, members)
+            for (program, device, *_), members in alike.items()
+        ],
         rest=rest,
     )
 
@@ -120,7 +130,8 @@ def make_plan(optimizer: Optimizer, programs: list[Program], *, compiling: bool)
 def zero_steps(group: Mapping[str, Any], param: Tensor) -> Tensor:
     """A count of steps as ``torch.optim`` keeps it."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.zeros((), dtype=dtype, device=param.device if group.get("capturable") else "cpu")
+    beside = group.get("capturable") or group.get("fused")
+    return torch.zeros((), dtype=dtype, device=param.device if beside else "cpu")
 
 
 def add_slots(state: dict[str, Any], slots: tuple[str, ...], param: Tensor) -> None:
@@ -164,12 +175,13 @@ def _refusal(tensors: Sequence[Tensor], step: Tensor | None) -> str | None:
         step: Its number of steps, if there is one.
     """
     param = tensors[0]
-    if step is not None and (step.device.type != "cpu" or not step.is_floating_point()):
+    places = (param.device, torch.device("cpu"))
+    if step is not None and not (step.is_floating_point() and step.device in places):
         return f"a number of steps is a {step.dtype} on device {step.device}"
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
             return f"a tensor is a {type(tensor).__name__} of layout {tensor.layout}"
-        if tensor.device.type != "cpu":
+        if tensor.device.type not in ("cpu", "cuda") or tensor.device != param.device:
             return f"a tensor is on device {tensor.device}"
         if tensor.dtype not in STORAGE:
             return f"a tensor has dtype {tensor.dtype}"
@@ -179,6 +191,8 @@ def _refusal(tensors: Sequence[Tensor], step: Tensor | None) -> str | None:
             return "a gradient or slot lies otherwise in memory than its parameter"
     if not cpu.is_dense(param.shape, param.stride()):
         return "a parameter has gaps in its memory"
+    if param.is_cuda:
+        return cuda.refusal(storage(tensors))
     return cpu.refusal(storage(tensors))
 
 

@@ -1,0 +1,249 @@
+"""The CUDA printer: its kernels in Triton's interpreter against NumPy, and their machine code."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from runpy import run_path
+
+import launches
+import numpy as np
+import pytest
+import torch
+from launches import ALONE, assert_same, expected, make_scalars, make_tensors, whole
+from support import assert_agree
+
+from portopt.program import ARRAY_OPS
+from portopt.rules import Adam, AdamW, Around, Momentum, RMSprop, Rule
+from portopt.trace import trace
+
+pytest.importorskip("triton", reason="the CUDA printer needs Triton")
+
+from portopt.kernels import triton
+
+RULES = run_path(str(Path(__file__).parents[1] / "core" / "conftest.py"))["RULES"]
+SIZES = [0, 1, 700, 1300]
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    with launches.interpreter() as pool:
+
+        def run(function, *args, **keywords):
+            return pool.submit(function, *args, **keywords).result()
+
+        yield run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operations(Rule):
+    """Every operation whose result IEEE settles, with numbers and scalars on either side.
+
+    Its names are also those of the kernel's own text.
+    """
+
+    lr: float = 0.3
+    tl: float = -2.0
+
+    @property
+    def slots(self):
+        return ("mask", "lanes", "start")
+
+    def update(self, xp, t, param, grad, slot):
+        i = xp.where(grad < self.lr, slot.mask, 1.5)
+        range = xp.where(grad > 0.5, self.tl, -grad)
+        number = xp.maximum(grad, 0.0) + xp.minimum(self.tl, grad)
+        mask_at = xp.maximum(param, grad) - xp.minimum(param, grad)
+        β = 0.1 / param + abs(grad) / slot.lanes
+        param_ = xp.sign(grad) * (1e-3 - grad)
+        new = {"mask": i + range, "lanes": number * mask_at, "start": xp.sqrt(slot.start) + β}
+        return param - param_, new
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies(Rule):
+    """Hands its inputs on, and what one operation makes of them."""
+
+    lr: float = 0.1
+
+    @property
+    def slots(self):
+        return ("grad_before", "sign", "negative", "larger", "smaller")
+
+    def update(self, xp, t, param, grad, slot):
+        new = {"grad_before": grad, "sign": xp.sign(grad), "negative": -grad}
+        # Of 0 and -0 NumPy takes now the one, now the other.
+        larger, smaller = xp.maximum(param, grad) + 0.0, xp.minimum(param, grad) + 0.0
+        return param, {**new, "larger": larger, "smaller": smaller}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves(Rule):
+    """The two functions that IEEE does not settle."""
+
+    lr: float = 0.1
+
+    @property
+    def slots(self):
+        return ("exponential", "logarithm")
+
+    def update(self, xp, t, param, grad, slot):
+        return param, {"exponential": xp.exp(param), "logarithm": xp.log(abs(param))}
+
+
+def check(run, rule, storage=None, sizes=SIZES, spans=None, shift=0, tensors=None, around=ALONE):
+    """Launch a rule's program, each tensor with scalars of its own, and compare with NumPy."""
+    program = trace(rule, around)
+    storage = storage or ("float32",) * len(program.operands)
+    tensors = tensors or make_tensors(program, storage, sizes)
+    scalars = [make_scalars(program, rule, t, around) for t in range(2, 2 + len(tensors))]
+    work = program, storage, tensors, scalars, spans or whole(tensors)
+    assert_same(run(launches.launch, *work, shift=shift), expected(*work))
+
+
+def test_there_is_a_meaning_for_every_operation():
+    assert set(triton.MEANING) == set(ARRAY_OPS)
+
+
+# The interpreter is slow: of a form's six surroundings one, each time the next. On a GPU, all.
+@pytest.mark.parametrize("rule", RULES[::7], ids=repr)
+def test_every_rule_is_numpy_bit_for_bit(interpreter, rule):
+    check(interpreter, rule, sizes=[700])
+
+
+def test_what_stands_around_a_rule_is_in_the_same_launch(interpreter):
+    around = Around(grad_scale=3.0, ema_decay=0.9, zero_grad=True)
+    for clip in ({"clip_value": 1e-3}, {"clip_norm": 0.5}):
+        check(interpreter, AdamW(lr=0.1), around=replace(around, **clip), sizes=[700])
+
+
+@pytest.mark.parametrize("rule", [Operations(), Copies(), Adam(amsgrad=True)], ids=repr)
+@pytest.mark.parametrize("param", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("others", ["float32", "float64", "same"])
+def test_dtypes_may_be_mixed(interpreter, rule, param, others):
+    if (param, others) == ("float64", "same"):
+        others = "float32"
+    others = param if others == "same" else others
+    grads = "float64" if others == "float64" else param
+    storage = (param, grads, *[others] * len(rule.slots))
+    check(interpreter, rule, storage, sizes=[1, 1300])
+
+
+@pytest.mark.parametrize("shift", [0, 1, 4])
+def test_spans_may_begin_and_end_anywhere(interpreter, shift):
+    spans = [(3, 0, 513), (0, 0, 0), (3, 513, 1), (1, 0, 1), (3, 640, 600), (2, 3, 697)]
+    check(interpreter, RMSprop(momentum=0.9, centered=True), spans=spans, shift=shift)
+
+
+def test_nan_infinity_and_zeros(interpreter):
+    special = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, -1e-45, 3e38, -1.0]
+    param, grad = (torch.tensor(x.ravel()) for x in np.float32(np.meshgrid(special, special)))
+    for rule in (Operations(), Copies(), Adam(amsgrad=True), Momentum(nesterov=True)):
+        slots = dict.fromkeys(trace(rule).slots, abs(param))
+        check(interpreter, rule, tensors=[{"param": param, "grad": grad, **slots}])
+
+
+def test_exp_and_log_are_within_a_rounding(interpreter):
+    rule = Curves()
+    program, storage = trace(rule), ("float32",) * 4
+    tensors = make_tensors(program, storage, [1300])
+    work = program, storage, tensors, [make_scalars(program, rule)], whole(tensors)
+    (ours,), (theirs,) = interpreter(launches.launch, *work), expected(*work)
+    for name in rule.slots:
+        assert_agree(ours[name], theirs[name], "float32", what=name)
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0, float("inf"), float("nan")])
+def test_found_inf_leaves_everything_as_it_is(interpreter, found_inf):
+    rule = Adam(lr=0.1)
+    program, storage = trace(rule), ("float32",) * 4
+    tensors = make_tensors(program, storage, SIZES)
+    work = program, storage, tensors, [make_scalars(program, rule)] * 4, whole(tensors)
+    ours = interpreter(launches.launch, *work, found_inf=found_inf)
+    assert_same(ours, tensors if found_inf else expected(*work))
+
+
+def test_no_spans_are_no_launch(interpreter):
+    program, storage = trace(Adam()), ("float32",) * 4
+    assert interpreter(launches.launch, program, storage, [], [], []) == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_square_sums(interpreter, dtype):
+    program = trace(Momentum())
+    tensors = make_tensors(program, (dtype,) * 3, [1, 5000])
+    grads = [tensor["grad"] for tensor in tensors]
+    spans = [(1, 0, 4321), (0, 0, 1), (1, 4321, 679), (1, 3, 0)]
+    sums = interpreter(launches.square_sums, dtype, grads, spans)
+    squares = [(grads[n][start : start + size].double() ** 2).sum() for n, start, size in spans]
+    assert_agree(sums, torch.stack(squares), "float64")
+    # The address and the other spans change nothing.
+    moved = interpreter(launches.square_sums, dtype, grads, spans[::-1], shift=1)
+    assert_agree(moved.flip(0), sums, "same")
+
+
+def test_steps_follow_gradients_that_move(interpreter):
+    rule = Adam(lr=0.1, weight_decay=0.1)
+    program, storage = trace(rule), ("float32",) * 4
+    tensors = make_tensors(program, storage, [1, 0, 9000])
+    drawn = [make_tensors(program, storage, [1, 0, 9000], seed=10 * t) for t in (1, 2, 3)]
+    grads = [[operands["grad"] for operands in step] for step in drawn]
+    scalars = [
+        [make_scalars(program, rule, t), make_scalars(program, rule, t + 5)] for t in (1, 2, 3)
+    ]
+    ours, squares = interpreter(launches.run_steps, program, storage, tensors, grads, scalars)
+    assert_agree(
+        squares, [sum(float((g.double() ** 2).sum()) for g in step) for step in grads], "float64"
+    )
+    for step, (first, others) in zip(grads, scalars, strict=True):
+        tensors = [{**operands, "grad": grad} for operands, grad in zip(tensors, step, strict=True)]
+        tensors = expected(program, storage, tensors, [first, others, others], whole(tensors))
+    for operands in (*ours, *tensors):
+        del operands["grad"]
+    assert_same(ours, tensors)
+
+
+ARGUMENTS = {"table": "*i64", "spans": "*i64", "found_inf": "*fp32"}
+STORAGE = {
+    "float32": ("float32",) * 4,
+    "bfloat16": ("bfloat16",) * 4,
+    "mixed": ("bfloat16", "bfloat16", "float32", "float32"),
+    "float64": ("float64",) * 4,
+}
+
+
+@pytest.mark.parametrize("storage", STORAGE.values(), ids=STORAGE)
+def test_machine_code_is_exact_and_vectorized(storage, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    code = ptx(triton.kernel(trace(Adam()), storage), ARGUMENTS)
+    kind = "f64" if storage[0] == "float64" else "f32"
+    assert {f"div.rn.{kind}", f"sqrt.rn.{kind}"} <= set(re.findall(r"\b(?:div|sqrt)\.[\w.]+", code))
+    assert not re.findall(r"\b(?:fma|mad)\.\w*\.?f\d+|approx|ftz|div\.full|bar\.sync", code)
+    if "bfloat16" in storage:
+        assert "cvt.rn.bf16" in code
+    # Each of 4 loads and 3 stores of the fast loop is one instruction, of 16 bytes at the most.
+    assert len(re.findall(r"(?:ld|st)\.global\.v[24]\.b(?:32|64) ", code)) == 7
+
+
+@pytest.mark.parametrize("rule", [Operations(), Copies(), Curves()], ids=repr)
+def test_every_operation_compiles(rule, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for dtype in ("float32", "float64"):
+        storage = (dtype,) * (2 + len(rule.slots))
+        assert ".visible .entry kernel" in ptx(triton.kernel(trace(rule), storage), ARGUMENTS)
+
+
+def test_machine_code_of_square_sums_is_vectorized(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = triton.compiled(triton.square_sums_source("float32"))
+    code = ptx(kernel, {"addresses": "*i64", "stride": "i64", "spans": "*i64", "sums": "*fp64"})
+    assert "ld.global.v4.b32" in code
+
+
+def ptx(kernel, signature):
+    """The assembly for an H100; no GPU is needed."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    made = compile(ASTSource(kernel, signature), GPUTarget("cuda", 90, 32), triton._OPTIONS)
+    return made.asm["ptx"]
