@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from portopt.bench import TITLES, Group
 from portopt.demo import Difference, Run
 
 if TYPE_CHECKING:
@@ -24,11 +26,7 @@ def loss_curves(runs: list[Run], found: list[Difference], steps_per_epoch: int) 
     Raises:
         ModuleNotFoundError: matplotlib is missing; names it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = _figure(12, 5)
     left, right = figure.subplots(1, 2)
     # The curves lie on each other: the first is drawn widest, so that all are seen.
     for width, run in zip(np.linspace(16, 1.5, len(runs)), runs, strict=True):
@@ -57,6 +55,60 @@ def loss_curves(runs: list[Run], found: list[Difference], steps_per_epoch: int) 
     if found:
         right.legend(loc="upper right")
     return figure
+
+
+def step_times(groups: Sequence[Group]) -> Figure:
+    """The benchmarks as bars: the time of a step over the memory limit, one panel a mix.
+
+    Args:
+        groups: What `portopt.bench.groups` returned.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing; names it.
+    """
+    figure = _figure(14, 1.0)
+    from matplotlib.patches import Patch
+
+    panels: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        panels.setdefault((group.ours.framework, group.ours.mix), []).append(group)
+    bars = [timing for group in groups for timing in (group.ours, *group.natives)]
+    top = max((bar.seconds / bar.limit for bar in bars), default=1.0)
+    colors = {
+        path: f"C{place}" for place, path in enumerate(dict.fromkeys(bar.path for bar in bars))
+    }
+    figure.set_figheight(1 + 2.5 * len(panels))
+    axes = figure.subplots(len(panels), squeeze=False, sharey=True).flat
+    for axis, ((framework, mix), some) in zip(axes, panels.items(), strict=True):
+        left = 0
+        ticks = {}
+        for group in some:
+            timings = (group.ours, *group.natives)
+            for place, timing in enumerate(timings, left):
+                height = timing.seconds / timing.limit
+                axis.bar(place, height, 0.9, color=colors[timing.path])
+                above = max(height, 1.0) if height > 0.6 else height  # clear of the line
+                axis.annotate(f"{height:.2g}", (place, above), ha="center", va="bottom", size=7)
+            mode = "" if group.ours.mode in ("step", "jit") else f"\n{group.ours.mode}"
+            ticks[left + (len(timings) - 1) / 2] = group.ours.rule + mode
+            left += len(timings) + 1
+        axis.axhline(1, color="black", linestyle="--", linewidth=1)
+        axis.set_xticks([*ticks], [*ticks.values()])
+        axis.set(title=f"{TITLES[framework]}, {TITLES[mix]}", ylabel="times the memory limit")
+        axis.set(yscale="log", ylim=(0.3, 2 * top), xlim=(-1, max(left - 1, 24)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+    handles = [Patch(color=color, label=path) for path, color in colors.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install matplotlib") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _by_epoch(values: Any, steps_per_epoch: int) -> npt.NDArray[Any]:

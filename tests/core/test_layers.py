@@ -21,14 +21,16 @@ LEVELS = [
     {"arrays"},
     {"rules", "program"},
     {"trace"},
-    {"optimizer", "tape"},
-    {"", "__main__", "cli", "demo", "parity", "plots", "worker"},  # "": the package's own face
+    {"kernels"},
+    {"optimizer", "tape", "jax"},
+    # "" is the package's own face.
+    {"", "__main__", "bench", "cli", "demo", "parity", "plots", "worker"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 HEAVY = {
     *FRAMEWORKS,
-    *("jax", "numba", "triton", "matplotlib", "sklearn", "scipy", "pandas", "cupy", "ml_dtypes"),
-    *("portopt_torch", "portopt_tf", "array_api_compat", "array_api_strict"),
+    *("jax", "optax", "llvmlite", "numba", "triton", "matplotlib", "sklearn", "scipy", "pandas"),
+    *("cupy", "ml_dtypes", "array_api_compat", "array_api_strict", "portopt_torch", "portopt_tf"),
 }
 FILES = sorted(path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py"))
 

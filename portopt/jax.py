@@ -1,0 +1,228 @@
+"""Rules in JAX: pure functions on pytrees, for `jax.jit` and for Optax.
+
+JAX and Optax are imported where they are used, so that this module needs neither.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, TypeAlias
+
+from portopt.arrays import STORAGE_DTYPES, compute_dtype
+from portopt.program import Program
+from portopt.rules import Rule
+from portopt.trace import trace
+
+Pytree: TypeAlias = Any
+LearningRate: TypeAlias = "float | Callable[[Any], Any] | Any"
+
+
+class State(NamedTuple):
+    """What a rule keeps between steps: a pytree of arrays.
+
+    Attributes:
+        count: The number of steps made: a 0-d int32 array.
+        slots: For each slot of the rule a pytree like the parameters'.
+    """
+
+    count: Any
+    slots: dict[str, Pytree]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """A rule at work on pytrees of JAX arrays: two pure functions, `init` and `step`.
+
+    Args:
+        rule: The rule.
+        lr: A learning rate in place of the rule's: a float; a 0-d array, also one that `jax.jit`
+            traces, so that another value compiles nothing; or an Optax schedule, a function of the
+            number of steps made (0 at the first).
+
+    Raises:
+        TypeError: ``rule`` is no rule; ``lr`` is none of these.
+        ValueError: ``lr`` is out of its range.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from portopt import rules
+        >>> optimizer = Optimizer(rules.Momentum(lr=0.5))
+        >>> step = jax.jit(optimizer.step, donate_argnums=(0, 1))
+        >>> params = {"w": jnp.array([1.0, 2.0])}
+        >>> state = optimizer.init(params)
+        >>> params, state = step(params, state, {"w": jnp.array([1.0, 1.0])})
+        >>> params
+        {'w': Array([0.5, 1.5], dtype=float32)}
+        >>> state.slots
+        {'momentum_buffer': {'w': Array([1., 1.], dtype=float32)}}
+    """
+
+    rule: Rule
+    lr: LearningRate | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, Rule):
+            raise TypeError(f"rule must be a portopt.Rule, such as rules.Adam(), got {self.rule!r}")
+        if isinstance(self.lr, numbers.Real):
+            replace(self.rule, lr=self.lr)  # type: ignore[arg-type]  # checks it
+        elif not (self.lr is None or callable(self.lr) or getattr(self.lr, "shape", None) == ()):
+            raise TypeError(f"lr must be a real number, a 0-d array or a schedule, got {self.lr!r}")
+
+    def init(self, params: Pytree) -> State:
+        """The state before the first step: slots of zeros, of the parameters' shapes and dtypes.
+
+        Raises:
+            TypeError: a parameter is no array of floats.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        _check_dtypes(params)
+        program = trace(self._rule(jnp.zeros((), "int32")))
+        slots = {slot: jax.tree.map(jnp.zeros_like, params) for slot in program.slots}
+        return State(jnp.zeros((), "int32"), slots)
+
+    def step(self, params: Pytree, state: State, grads: Pytree) -> tuple[Pytree, State]:
+        """The new parameters and the new state; changes nothing.
+
+        Scalars are formed in float64, whatever JAX's configuration. float16 and bfloat16 are
+        computed in float32 and rounded once.
+
+        Under ``jax.jit`` donate the parameters and the state, ``donate_argnums=(0, 1)``, and the
+        step needs no memory of its own: each new array takes over the buffer of the old. (XLA pairs
+        donated buffers with results of equal shape in their order: so should a function that you
+        put around this one.)
+
+        Args:
+            params: The parameters.
+            state: What `init` or the last step returned.
+            grads: Gradients, a pytree like ``params``.
+
+        Raises:
+            TypeError: a parameter is no array of floats.
+            ValueError: the gradients or the slots are not like the parameters.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        rule = self._rule(state.count)
+        program = trace(rule)
+        stored = _stored(program, grads, state, params)
+        scalars = _scalars(program, rule, state.count + 1)
+
+        def update(*leaves: Any) -> dict[str, Any]:
+            old = dict(zip(stored, map(jnp.asarray, leaves), strict=True))
+            dtype = compute_dtype(old["param"].dtype.name)
+            arrays = {key: array.astype(dtype) for key, array in old.items()}
+            new = program.run(jnp, scalars[dtype], arrays)  # type: ignore[arg-type]
+            return {key: array.astype(old[key].dtype) for key, array in new.items()}
+
+        by_leaf = jax.tree.map(update, *stored.values())
+        names = {name: 0 for name, _ in program.outputs}
+        new = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure(names), by_leaf)
+        return new.pop("param"), State(state.count + 1, new)
+
+    def _rule(self, count: Any) -> Rule:
+        """The rule at the learning rate of this step."""
+        lr = self.rule.lr if self.lr is None else self.lr(count) if callable(self.lr) else self.lr
+        values = {field.name: getattr(self.rule, field.name) for field in fields(self.rule)}
+        return type(self.rule).unchecked(**{**values, "lr": lr})
+
+
+def gradient_transformation(rule: Rule, lr: LearningRate | None = None) -> Any:
+    """A rule as an ``optax.GradientTransformation``, to chain, mask and schedule as any other.
+
+    Its ``update`` needs the parameters and returns ``new_param - param``, in the parameter's dtype,
+    for ``optax.apply_updates`` to add again. The sum is the new parameter exactly if that lies
+    between half and twice the old one (the difference of such numbers is exact); else the update
+    has been rounded once more. `Optimizer.step` does without the detour.
+
+    Args:
+        rule: The rule.
+        lr: As for `Optimizer`; also what ``optax.inject_hyperparams`` hands over.
+
+    Raises:
+        TypeError, ValueError: as for `Optimizer`; ``update`` as `Optimizer.step`, and a
+            `ValueError` where it is not given the parameters.
+
+    Example:
+        >>> import optax
+        >>> from portopt import rules
+        >>> schedule = optax.cosine_decay_schedule(0.1, decay_steps=100)
+        >>> optimizer = optax.chain(
+        ...     optax.clip_by_global_norm(1.0),
+        ...     gradient_transformation(rules.AdamW(), schedule),
+        ... )
+    """
+    import jax
+    import optax
+
+    optimizer = Optimizer(rule, lr)
+
+    def update(updates: Pytree, state: State, params: Pytree = None) -> tuple[Pytree, State]:
+        if params is None:
+            raise ValueError("params must be given, update(grads, state, params), got None")
+        new, state = optimizer.step(params, state, updates)
+        return jax.tree.map(lambda new, old: new - old, new, params), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def _scalars(program: Program, rule: Rule, t: Any) -> dict[str, dict[str, Any]]:
+    """For each compute dtype the program's scalars, formed in float64 and rounded once."""
+    import jax
+
+    # Before jax.enable_x64 it was jax.experimental.enable_x64.
+    holder: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
+    with holder.enable_x64(True):
+
+        def double(x: Any) -> Any:
+            return x if isinstance(x, float) else jax.numpy.asarray(x, "float64")
+
+        values = {name: double(getattr(rule, name)) for name in program.hyperparameters}
+        scalars = program.scalars(values, double(t), double)
+        return {
+            dtype: {k: s if isinstance(s, float) else s.astype(dtype) for k, s in scalars.items()}
+            for dtype in {compute_dtype(storage) for storage in STORAGE_DTYPES}
+        }
+
+
+def _stored(program: Program, grads: Pytree, state: State, params: Pytree) -> dict[str, Pytree]:
+    """The program's arrays, each a pytree like ``params``, which is checked."""
+    import jax
+    import jax.numpy as jnp
+
+    _check_dtypes(params)
+    if set(state.slots) != set(program.slots):
+        raise ValueError(
+            f"state must have the slots {list(program.slots)} of {program.rule}, "
+            f"got {list(state.slots)}"
+        )
+    stored = {"param": params, "grad": grads}
+    stored |= {slot: state.slots[slot] for slot in program.slots}
+    wanted: Any = jax.tree.structure(params)
+    for name, tree in stored.items():
+        what = {"param": "params", "grad": "grads"}.get(name, f"state.slots[{name!r}]")
+        got = jax.tree.structure(tree)
+        if wanted != got:
+            raise ValueError(f"{what} must be a pytree like params, {wanted}, got {got}")
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        for (path, leaf), param in zip(leaves, jax.tree.leaves(params), strict=True):
+            if jnp.shape(leaf) != jnp.shape(param):
+                where = what + jax.tree_util.keystr(path)
+                raise ValueError(f"{where} must have shape {param.shape}, got {leaf.shape}")
+    return stored
+
+
+def _check_dtypes(params: Pytree) -> None:
+    import jax
+
+    for path, param in jax.tree_util.tree_leaves_with_path(params):
+        dtype = getattr(getattr(param, "dtype", None), "name", type(param).__name__)
+        if dtype not in STORAGE_DTYPES:
+            where = f"params{jax.tree_util.keystr(path)}"
+            allowed = ", ".join(STORAGE_DTYPES)
+            raise TypeError(f"{where} must be an array of dtype {allowed}, got {dtype}")
