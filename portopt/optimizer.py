@@ -123,13 +123,18 @@ class Optimizer:
         """
         checked = self._checked_grads(grads)
         rules = [self._rule(_hyper(group)) for group in self.param_groups]
-        values = self._surroundings([grad for grad in checked.values() if grad is not None])
-        if self.around.skip_nonfinite and not math.isfinite(values["grad_norm"]):
-            return
+        values = vars(self.around)
+        if self.around.needs_norm:
+            values = values | {"grad_norm": _norm([g for g in checked.values() if g is not None])}
+            if self.around.skip_nonfinite and not math.isfinite(values["grad_norm"]):
+                for grad in checked.values() if self.around.zero_grad else ():
+                    if grad is not None:
+                        grad[...] = 0.0
+                return
         work = []
         for rule, group in zip(rules, self.param_groups, strict=True):
             program = trace(rule, self.around)
-            scalars = cache(partial(program.scalars, vars(rule) | values))  # once for each step
+            scalars = cache(partial(program.scalars, values | vars(rule)))  # once for each step
             for name, param in group["params"].items():
                 if checked[name] is not None:
                     state = _state(self.state.get(name, {}), program, param)
@@ -185,13 +190,6 @@ class Optimizer:
         }
         for group, rule in zip(self.param_groups, rules, strict=True):
             group.update(_values(rule))
-
-    def _surroundings(self, grads: list[NDArray]) -> dict[str, Any]:
-        """What `around` gives to a program's scalars."""
-        values = vars(self.around)
-        if not self.around.needs_norm:
-            return values
-        return values | {"grad_norm": math.sqrt(sum(map(_square_sum, grads)))}
 
     def _check_form(self, state_dict: Any) -> None:
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
@@ -261,8 +259,8 @@ def _run(work: list[_Work]) -> None:
     """Run the programs: as kernels on arrays that lie alike in memory, else one by one."""
     alike: dict[tuple[Program, tuple[str, ...]], list[_Work]] = {}
     for item in work:
-        storage = tuple(array.dtype.name for array in item.operands)
-        if _is_flat(item.operands) and not _refused(storage):
+        if _takes(item.operands):
+            storage = tuple(array.dtype.name for array in item.operands)
             alike.setdefault((item.program, storage), []).append(item)
         else:
             _run_plain(item)
@@ -289,34 +287,56 @@ def _run_plain(item: _Work) -> None:
             stored[key][...] = value
 
 
-def _is_flat(arrays: Sequence[NDArray]) -> bool:
-    """Whether the arrays' elements lie side by side, and in the same order in all of them."""
-    strides = [[n // array.itemsize for n in array.strides] for array in arrays]
-    return (
-        all(other == strides[0] for other in strides)
-        and cpu.is_dense(arrays[0].shape, strides[0])
-        and all(array.flags.aligned and array.dtype.isnative for array in arrays)
-    )
+def _norm(grads: list[NDArray]) -> float:
+    """The 2-norm of all gradients together."""
+    totals: list[float] = []
+    alike: dict[str, list[NDArray]] = {}
+    for grad in grads:
+        if _takes([grad]):
+            alike.setdefault(grad.dtype.name, []).append(grad)
+        else:
+            with np.errstate(all="ignore"):
+                totals.append(float(np.square(grad, dtype=np.float64).sum()))
+    for dtype, some in alike.items():
+        square_sum = cpu.SquareSum(dtype, [*map(_address, some)], [grad.size for grad in some])
+        totals.append(square_sum.run(cpu.threads()))
+    return math.sqrt(sum(totals))
+
+
+def _takes(arrays: Sequence[NDArray]) -> bool:
+    """Whether a kernel takes the arrays, the parameter first; why not is said once."""
+    why = _refusal(arrays)
+    if why is not None:
+        _warn(why)
+    return why is None
+
+
+def _refusal(arrays: Sequence[NDArray]) -> str | None:
+    first = arrays[0]
+    if not all(array.flags.aligned and array.dtype.isnative for array in arrays):
+        return "an array is not aligned, or of another byte order than this processor's"
+    if first.size:
+        if not cpu.is_dense([size for size in first.shape if size > 1], _strides(first)):
+            return "an array has gaps in its memory, or goes through it backwards"
+        if any(_strides(array) != _strides(first) for array in arrays):
+            return "a gradient or slot lies otherwise in memory than its parameter"
+    return cpu.refusal(tuple(array.dtype.name for array in arrays))
+
+
+def _strides(array: NDArray) -> list[int]:
+    """In elements; a dimension of one element has none."""
+    return [
+        n // array.itemsize for n, size in zip(array.strides, array.shape, strict=True) if size > 1
+    ]
 
 
 @cache
-def _refused(storage: tuple[str, ...]) -> bool:
-    """Whether kernels do not take arrays stored so, which is said once."""
-    why = cpu.refusal(storage)
-    if why is not None:
-        warnings.warn(f"portopt.Optimizer steps without a kernel, slowly: {why}", stacklevel=5)
-    return why is not None
+def _warn(why: str) -> None:
+    warnings.warn(f"portopt.Optimizer steps without a kernel, slowly: {why}", stacklevel=5)
 
 
 def _address(array: NDArray) -> int:
     return int(array.__array_interface__["data"][0])
-
-
-def _square_sum(grad: NDArray) -> float:
-    storage = (grad.dtype.name,)
-    if _is_flat([grad]) and not _refused(storage):
-        return cpu.SquareSum(*storage, [_address(grad)], [grad.size]).run(cpu.threads())
-    return float(np.square(grad, dtype=np.float64).sum())
 
 
 def _values(rule: Rule) -> dict[str, Any]:
@@ -328,7 +348,7 @@ def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in entries.items()}
+    return {k: v.copy("K") if isinstance(v, np.ndarray) else v for k, v in entries.items()}
 
 
 def _check_param(name: Name, array: Any) -> None:

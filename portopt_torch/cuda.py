@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from portopt.arrays import compute_dtype
-from portopt.kernels import llvm, triton
+from portopt.kernels import cpu, llvm, triton
 from portopt.program import Program
 
 
@@ -36,7 +36,7 @@ class Launch:
 
     def __init__(self, addresses: Any, sizes: Sequence[int], device: torch.device) -> None:
         self.table = np.array(addresses, np.uint64, order="C")
-        self._spans = _to(device, _spans(sizes))
+        self._spans = _to(device, cpu.spans(sizes, triton.SPAN))
         self._table = torch.empty(self.table.shape, dtype=torch.int64, device=device)
         self._sent = np.zeros_like(self.table)  # no tensor is at address 0
         self._kept: list[Tensor] = []
@@ -147,16 +147,6 @@ class SquareSum(Launch):
         with torch.cuda.device_of(self.sums):
             triton.launch_square_sums(self.dtype, self._current()[:, 0], self._spans, self.sums)
             return self.sums.sum()
-
-
-def _spans(sizes: Sequence[int]) -> np.ndarray[Any, Any]:
-    """All elements of all tensors, in rows of (tensor, start, length)."""
-    rows = [
-        (number, start, min(triton.SPAN, size - start))
-        for number, size in enumerate(sizes)
-        for start in range(0, size, triton.SPAN)
-    ]
-    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def _to(device: torch.device, array: np.ndarray[Any, Any]) -> Tensor:

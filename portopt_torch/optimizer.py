@@ -199,7 +199,7 @@ class Optimizer(torch.optim.Optimizer):
         if plan is None or not plan.fits(programs, self.param_groups, self.state):
             plan = self._plan = None  # what it keeps alive may go before more is made
             plan = make_plan(self, programs, compiling=compiling)
-        values = [vars(rule) | vars(around) for rule in rules]
+        values = [vars(around) | vars(rule) for rule in rules]
         skip: Any = getattr(self, "found_inf", None)  # GradScaler's
         if around.needs_norm:
             norm = plan.grad_norm()
@@ -209,12 +209,15 @@ class Optimizer(torch.optim.Optimizer):
                 skip = is_bad if skip is None else skip + is_bad
         if not plan.on_device:
             if skip is not None and plain.host(skip):
+                plan.zero_grads(around)
                 return []
             skip = None
         for batch in plan.batches:
             batch.prepare(values)
         for batch in plan.batches:
             batch.run(skip)
+        if skip is not None:
+            plan.zero_grads(around)
         self._plan = plan._replace(rest=[member._replace(first=False) for member in plan.rest])
         work = []
         for g, group in enumerate(self.param_groups):

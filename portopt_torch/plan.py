@@ -14,6 +14,7 @@ from torch import Tensor
 
 from portopt.kernels import cpu
 from portopt.program import Program
+from portopt.rules import Around
 from portopt_torch import cuda
 from portopt_torch.launch import STORAGE, Batch, CudaBatch, gradient, storage
 from portopt_torch.plain import Member, check_dtype, host
@@ -55,6 +56,12 @@ class Plan(NamedTuple):
             and [*map(id, state.values())] == self.states
             and all(batch.fits(grads) for batch in self.batches)
         )
+
+    def zero_grads(self, around: Around) -> None:
+        """Do after a step that is skipped what it would have done to the gradients."""
+        grads = [param.grad for param in self.params if param.grad is not None]
+        if around.zero_grad:
+            torch._foreach_zero_(grads)
 
     @property
     def on_device(self) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.util
+import itertools
 import os
 import sys
 import tempfile
@@ -18,7 +19,11 @@ from typing import Any
 Kernel = Callable[[int, int, int, int], None]
 """``kernel(table, spans, n_spans, counter)``, all addresses but ``n_spans``; holds no lock."""
 
-_lock = threading.Lock()
+_lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child must not inherit LLVM at work
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 
 
 def available() -> bool:
@@ -65,7 +70,7 @@ def _compiled(text: str) -> Kernel:
         .add_object_img(code)
         .add_current_process()  # for exp and log, which are the C library's
         .export_symbol("kernel")
-        .link(jit, key)
+        .link(jit, f"{key} {next(_links)}")  # an interrupted one keeps its name
     )
     _libraries.append(library)
     address, integer = ctypes.c_void_p, ctypes.c_int64
@@ -74,6 +79,7 @@ def _compiled(text: str) -> Kernel:
 
 
 _libraries: list[Any] = []  # what is dropped is unloaded
+_links = itertools.count()
 
 
 @cache
@@ -111,7 +117,11 @@ def _read(key: str) -> bytes | None:
     except (OSError, RuntimeError):  # no such file, no access, no home
         return None
     digest, code = content[:32], content[32:]
-    return code if digest == hashlib.sha256(code).digest() else None
+    return code if digest == _digest(key, code) else None
+
+
+def _digest(key: str, code: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + code).digest()
 
 
 def _write(key: str, code: bytes) -> None:
@@ -122,7 +132,7 @@ def _write(key: str, code: bytes) -> None:
         descriptor, name = tempfile.mkstemp(dir=folder)
         try:
             with open(descriptor, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
+                file.write(_digest(key, code) + code)
             os.replace(name, folder / key)
         except BaseException:
             os.unlink(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -33,20 +34,32 @@ class Launch:
     def __init__(self, text: str, addresses: Any, sizes: Sequence[int]) -> None:
         self.kernel = compiler.compiled(text)
         self.table = np.array(addresses, np.uint64, order="C")
-        self.spans = spans(sizes)
+        self.spans = spans(sizes, SPAN)
         self.size = sum(sizes)
 
     def launch(self, threads: int) -> None:
         """Do all spans; when it returns or raises, no thread is at work on them any more."""
         counter = np.zeros(1, np.int64)
-        helpers: list[Future[None]] = []
-        try:
-            if self.size > ALONE:
-                for _ in range(min(threads, len(self.spans)) - 1):
-                    helpers.append(_threads().submit(self._take, counter))
+        wanted = min(threads, len(self.spans)) - 1 if self.size > ALONE else 0
+        helpers: list[Future[None]] = [Future() for _ in range(wanted)]
+        idle, interrupt = iter(helpers), None
+        while True:  # also when interrupted: what the caller then sees must be whole
+            try:
+                with contextlib.suppress(RuntimeError):  # no more threads, or Python shuts down
+                    for helper in idle:
+                        _threads().submit(self._help, helper, counter)
+                self._take(counter)
+                wait([helper for helper in helpers if not helper.cancel()])
+                break
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def _help(self, helper: Future[None], counter: npt.NDArray[np.int64]) -> None:
+        if helper.set_running_or_notify_cancel():  # else all is done already
             self._take(counter)
-        finally:
-            _finish(helpers)
+            helper.set_result(None)
 
     def _take(self, counter: npt.NDArray[np.int64]) -> None:
         self.kernel(
@@ -110,8 +123,10 @@ class SquareSum(Launch):
     def run(self, threads: int) -> float:
         """The sum."""
         self.launch(threads)
-        finite = np.isfinite(self.sums).all()
-        return math.fsum(self.sums) if finite else float(self.sums.sum())
+        try:
+            return math.fsum(self.sums)
+        except OverflowError:  # each sum is finite, but not that of all
+            return math.inf
 
 
 @cache
@@ -138,18 +153,18 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def spans(sizes: Sequence[int]) -> npt.NDArray[np.int64]:
-    """All elements of all tensors, in rows of (tensor, start, length), at most `SPAN` long."""
+def spans(sizes: Sequence[int], longest: int) -> npt.NDArray[np.int64]:
+    """All elements of all tensors, in rows of (tensor, start, length), at most ``longest`` long."""
     total = np.asarray(sizes, np.int64)
-    pieces = -(-total // SPAN)
+    pieces = -(-total // longest)
     tensor = np.repeat(np.arange(len(total)), pieces)
-    start = (np.arange(len(tensor)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * SPAN
-    return np.stack([tensor, start, np.minimum(total[tensor] - start, SPAN)], axis=1)
+    start = (np.arange(len(tensor)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * longest
+    return np.stack([tensor, start, np.minimum(total[tensor] - start, longest)], axis=1)
 
 
 def threads() -> int:
     """How many threads a launch may use: ``OMP_NUM_THREADS``, else this process's processors."""
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    chosen = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # the outermost level
     if chosen.isdecimal() and int(chosen):
         return int(chosen)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -173,16 +188,3 @@ def _forget_threads() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
-
-
-def _finish(helpers: list[Future[None]]) -> None:
-    """Wait for all, also when interrupted: what the caller then sees must be whole."""
-    interrupt: KeyboardInterrupt | None = None
-    while True:
-        try:
-            wait(helpers)
-            break
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt

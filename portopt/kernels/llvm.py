@@ -36,14 +36,14 @@ MEANING: dict[str, str] = {
 {r}.0 = select {m} {r}.nan, {v} {a}, {v} zeroinitializer
 {r}.1 = select {m} {r}.below, {v} {minus_one}, {v} {r}.0
 {r} = select {m} {r}.above, {v} {one}, {v} {r}.1""",
-    # As in NumPy: NaN wins, and of two equals the first.
+    # As in NumPy: NaN wins, and of two zeros the second (whose sign NumPy leaves to the processor).
     "maximum": """\
-{r}.first = fcmp oge {v} {a}, {b}
+{r}.first = fcmp ogt {v} {a}, {b}
 {r}.nan = fcmp uno {v} {a}, {a}
 {r}.0 = or {m} {r}.first, {r}.nan
 {r} = select {m} {r}.0, {v} {a}, {v} {b}""",
     "minimum": """\
-{r}.first = fcmp ole {v} {a}, {b}
+{r}.first = fcmp olt {v} {a}, {b}
 {r}.nan = fcmp uno {v} {a}, {a}
 {r}.0 = or {m} {r}.first, {r}.nan
 {r} = select {m} {r}.0, {v} {a}, {v} {b}""",
@@ -212,10 +212,10 @@ def _text(
 def _bases(dtypes: Mapping[str, str]) -> Iterator[str]:
     """Where the span begins, in each operand."""
     for column, (name, dtype) in enumerate(dtypes.items()):
-        base = _plain(name)
-        yield f"%{base}.at = getelementptr ptr, ptr %row, i64 {column}"
-        yield f"%{base}.base = load ptr, ptr %{base}.at"
-        yield f"%{base}.start = getelementptr {_TYPES[dtype]}, ptr %{base}.base, i64 %start"
+        begin = _begin(name)
+        yield f"{begin}.at = getelementptr ptr, ptr %row, i64 {column}"
+        yield f"{begin}.base = load ptr, ptr {begin}.at"
+        yield f"{begin} = getelementptr {_TYPES[dtype]}, ptr {begin}.base, i64 %start"
 
 
 def _scalars(names: Sequence[str], column: int, vectors: Sequence[_Vector]) -> Iterator[str]:
@@ -251,7 +251,8 @@ class _Vector:
         """An operand: a value of this loop by its name, or a number."""
         if isinstance(operand, str):
             return f"%{self.loop[0]}.{_plain(operand)}"
-        rounded = np.float64(np.dtype(self.compute).type(operand))
+        with np.errstate(over="ignore"):  # what is beyond float32 is infinite there
+            rounded = np.float64(np.dtype(self.compute).type(operand))
         return self.splat(f"{_TYPES[self.compute]} 0x{int(rounded.view(np.uint64)):016X}")
 
     def splat(self, element: str) -> str:
@@ -273,7 +274,7 @@ class _Vector:
     def point(self, name: str, dtype: str, *, write: bool) -> Iterator[str]:
         """Where operand ``name`` stands; what will be needed there soon is fetched."""
         at, ahead = self.value(f"{name}.at"), self.value(f"{name}.ahead")
-        yield f"{at} = getelementptr {_TYPES[dtype]}, ptr %{_plain(name)}.start, i64 %{self.loop}.i"
+        yield f"{at} = getelementptr {_TYPES[dtype]}, ptr {_begin(name)}, i64 %{self.loop}.i"
         if self.width > 1:
             yield f"{ahead} = getelementptr i8, ptr {at}, i64 {_AHEAD}"
             yield f"call void @llvm.prefetch.p0(ptr {ahead}, i32 {write:d}, i32 3, i32 1)"
@@ -325,6 +326,11 @@ class _Vector:
             cast = "fpext" if _SIZES[dtype] > _SIZES[self.compute] else "fptrunc"
             yield f"{stored} = {cast} {self.type} {value} to {element}"
         yield f"store {element} {stored}, ptr {at}, align {_SIZES[dtype]}"
+
+
+def _begin(name: str) -> str:
+    """Where the span begins in operand ``name``."""
+    return f"%begin.{_plain(name)}"
 
 
 def _plain(name: str) -> str:

@@ -37,9 +37,9 @@ MEANING: dict[str, str] = {
     "sqrt": "{root}({a})",
     # As in NumPy: the sign of NaN is NaN, and that of a zero, of whatever sign, is 0.
     "sign": "tl.where({a} > 0, 1, tl.where({a} < 0, -1, tl.where({a} == 0, 0, {a})))",
-    # As in NumPy: NaN wins, and of two equals the first.
-    "maximum": "tl.where({a} >= {b}, {a}, tl.where({a} == {a}, {b}, {a}))",
-    "minimum": "tl.where({a} <= {b}, {a}, tl.where({a} == {a}, {b}, {a}))",
+    # NaN wins, and of two zeros the second, as in `llvm`.
+    "maximum": "tl.where({a} > {b}, {a}, tl.where({a} == {a}, {b}, {a}))",
+    "minimum": "tl.where({a} < {b}, {a}, tl.where({a} == {a}, {b}, {a}))",
     "where": "tl.where({a}, {b}, {c})",
 }
 

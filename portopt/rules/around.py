@@ -38,8 +38,8 @@ class Around(Hyperparameters):
         clip_value: The largest magnitude of an element of a gradient, in [0, inf); 0.0, the
             default: any.
         clip_norm: The largest 2-norm of all gradients together, in [0, inf); 0.0, the default: any.
-        skip_nonfinite: Change nothing, and count no step, where a gradient has a NaN or an Inf.
-            False by default.
+        skip_nonfinite: Change nothing but, with ``zero_grad``, the gradients, and count no step,
+            where a gradient has a NaN or an Inf. False by default.
         ema_decay: Decay of the weights' average, in [0, 1); 0.0, the default: keep none.
         zero_grad: Leave zeros in the gradients. False by default.
 

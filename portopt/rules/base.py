@@ -86,7 +86,7 @@ class Slots(Mapping[str, Any]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hyperparameters(abc.ABC):
+class Hyperparameters(abc.ABC):  # noqa: B024 (what derives from it may be abstract)
     """A frozen dataclass whose fields are checked, and of two kinds.
 
     A field annotated ``float`` is a scalar, free to change from step to step. Every other field (a

@@ -174,6 +174,7 @@ def layouts():
     yield "matrix", base[:, :6].copy().view(np.matrix), base[:, :6].copy()
 
 
+@pytest.mark.filterwarnings("ignore:portopt.Optimizer steps without a kernel")
 @pytest.mark.parametrize(
     ("name", "view", "plain"), list(layouts()), ids=lambda x: x if isinstance(x, str) else ""
 )

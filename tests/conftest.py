@@ -1,0 +1,12 @@
+"""What holds for all tests."""
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Kernels go to a folder of this run's own, those of child processes too."""
+    folder = tmp_path_factory.mktemp("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PORTOPT_CACHE_DIR", str(folder))
+        yield folder
