@@ -16,6 +16,7 @@ from portopt.arrays import STORAGE_DTYPES, Namespace, compute_dtype
 from portopt.kernels import cpu
 from portopt.program import Program
 from portopt.rules import Around, Rule
+from portopt.rules.around import AVERAGE
 from portopt.trace import trace
 
 NDArray: TypeAlias = npt.NDArray[Any]
@@ -247,11 +248,15 @@ class _Work(NamedTuple):
 
 
 def _state(entries: Mapping[str, Any], program: Program, param: NDArray) -> dict[str, Any]:
-    """A parameter's state with just the slots that the program has now; a new one is zero."""
-    slots = {
-        slot: entries[slot] if slot in entries else np.zeros_like(param, subok=False)
-        for slot in program.slots
-    }
+    """A parameter's state with just the slots that the program has now."""
+
+    def begin(slot: str) -> NDArray:
+        new = np.zeros_like(param, subok=False)
+        if slot == AVERAGE:
+            new[...] = param
+        return new
+
+    slots = {slot: entries[slot] if slot in entries else begin(slot) for slot in program.slots}
     return {"step": entries.get("step", 0), **slots}
 
 

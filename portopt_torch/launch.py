@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from operator import is_
 from typing import Any
 
@@ -47,7 +48,7 @@ class Batch:
         self.states = [member.state for member in members]
         self.groups = np.array([member.group for member in members])
         self.kept = self._kept()
-        self.addresses = _addresses(self.kept)
+        self.addresses, self.kept_layout = _addresses(self.kept), _order(self.kept)
         grads = [gradient(param) for param in self.params]
         self.dtype, self.layout = grads[0].dtype, _layout(grads)
         sizes = [grad.numel() * (1 + grad.is_complex()) for grad in grads]
@@ -59,7 +60,9 @@ class Batch:
         self.counting = self.states if "step" in self.states[0] else []
         self.views: list[Tensor] = []
         if self.counting:
-            self.steps = torch.stack([state["step"] for state in self.counting])
+            steps = torch.stack([state["step"].reshape(()) for state in self.counting])
+            # A half type cannot count beyond 2048, or 256.
+            self.steps = steps if steps.dtype.itemsize > 2 else steps.float()
             self.views += self.steps.unbind()
             for state, view in zip(self.counting, self.views, strict=True):
                 state["step"] = view
@@ -76,17 +79,19 @@ class Batch:
         if {*map(type, grads)} != {Tensor} or {grad.dtype for grad in grads} != {self.dtype}:
             return False
         try:
-            # What is elsewhere is something else, for what was here is kept alive.
-            if _addresses(self._kept()) != self.addresses or _layout(grads) != self.layout:
+            kept = self._kept()
+            if _addresses(kept) != self.addresses or _order(kept) != self.kept_layout:
                 return False
             if not all(map(is_, [state["step"] for state in self.counting], self.views)):
+                return False
+            if _layout(grads) != self.layout or any(map(Tensor.is_neg, grads)):
                 return False
             if self.dtype.is_complex and any(map(Tensor.is_conj, grads)):
                 return False
             addresses = _addresses(grads)
-        except (KeyError, RuntimeError):  # no such slot; a sparse gradient, without an address
-            return False
-        self.step.table[:, 1] = self.square_sum.table[:, 0] = addresses
+        except (KeyError, TypeError, RuntimeError):
+            return False  # no such slot, or None; a sparse gradient, which has no address
+        self.step.table[:, 1] = addresses
         return True
 
     @property
@@ -96,10 +101,19 @@ class Batch:
 
     def _make_launches(self, stored: tuple[str, ...], table: Any, sizes: list[int]) -> None:
         self.step = cpu.Step(self.program, stored, table, sizes)
-        self.square_sum = cpu.SquareSum(stored[1], table[:, 1], sizes)
+        self.make_square_sum = partial(cpu.SquareSum, stored[1], table[:, 1], sizes)
 
     def sum_squares(self) -> Any:
         """The sum of squares of all gradients: a number, or a tensor of one on the device."""
+        self.square_sum.table[:, 0] = self.step.table[:, 1]
+        return self._sum_squares()
+
+    @cached_property
+    def square_sum(self) -> Any:
+        """The norm's launch, which few steps need."""
+        return self.make_square_sum()
+
+    def _sum_squares(self) -> Any:
         return self.square_sum.run(torch.get_num_threads())
 
     def prepare(self, values: Sequence[Mapping[str, Any]]) -> None:
@@ -108,7 +122,7 @@ class Batch:
         Args:
             values: For each group, what `Program.scalars` asks for.
         """
-        t = self.steps.numpy() + 1.0 if self.counting else self.t
+        t = self.steps.double().numpy() + 1 if self.counting else self.t
         kinds, self.which = _numbered((t * len(values) + self.groups).astype(np.int64))
         pairs = [divmod(kind, len(values)) for kind in kinds]
         numbers = [{name: host(value) for name, value in one.items()} for one in values]
@@ -125,6 +139,8 @@ class Batch:
         self.t[:] = 2.0
         self._run(found_inf)
         torch.autograd.graph.increment_version(self.params)
+        if "grad" in dict(self.program.outputs):
+            torch.autograd.graph.increment_version([gradient(param) for param in self.params])
 
     def _run(self, found_inf: Tensor | None) -> None:
         self.step.run(self.scalars, self.which, torch.get_num_threads())
@@ -136,9 +152,9 @@ class CudaBatch(Batch):
     def _make_launches(self, stored: tuple[str, ...], table: Any, sizes: list[int]) -> None:
         device = self.params[0].device
         self.step = cuda.Step(self.program, stored, table, sizes, device)
-        self.square_sum = cuda.SquareSum(stored[1], table[:, 1], sizes, device)
+        self.make_square_sum = partial(cuda.SquareSum, stored[1], table[:, 1], sizes, device)
 
-    def sum_squares(self) -> Any:
+    def _sum_squares(self) -> Any:
         return self.square_sum.run()
 
     def prepare(self, values: Sequence[Mapping[str, Any]]) -> None:
@@ -165,11 +181,15 @@ def _numbered(kinds: Any) -> tuple[list[int], Any]:
     return found.tolist(), which
 
 
-def _layout(tensors: Sequence[Tensor]) -> tuple[list[int], list[bool] | list[tuple[int, ...]]]:
-    """How many elements tensors have, and in which order they lie."""
-    contiguous = [*map(Tensor.is_contiguous, tensors)]
-    strides = [*map(Tensor.stride, tensors)] if not all(contiguous) else contiguous
-    return [*map(Tensor.numel, tensors)], strides
+def _layout(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The shapes of tensors, and how they lie in memory."""
+    return [*map(Tensor.size, tensors)], _order(tensors)
+
+
+def _order(tensors: Sequence[Tensor]) -> Any:
+    """In which order tensors lie in memory."""
+    contiguous = all(map(Tensor.is_contiguous, tensors))
+    return contiguous or [*map(Tensor.stride, tensors)]
 
 
 def _addresses(tensors: Sequence[Any]) -> list[int]:

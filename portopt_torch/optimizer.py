@@ -69,8 +69,8 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Asked by GradScaler: whether it may leave the unscaling to `step`."""
-        return any(group.get("fused") for group in self.param_groups)
+        """Asked by GradScaler: whether to leave the unscaling, and skipping, to `step`."""
+        return self.around.zero_grad or any(group.get("fused") for group in self.param_groups)
 
     @classmethod
     def rule_of(cls, group: Mapping[str, Any]) -> tuple[type[Rule], dict[str, Any]]:
@@ -196,7 +196,7 @@ class Optimizer(torch.optim.Optimizer):
         rules = [cls.unchecked(**values) for cls, values in map(self.rule_of, self.param_groups)]
         programs = [trace(rule, around) for rule in rules]
         plan = None if compiling else self._plan
-        if plan is None or not plan.fits(programs, self.param_groups, self.state):
+        if plan is None or not plan.fits(self, programs):
             plan = self._plan = None  # what it keeps alive may go before more is made
             plan = make_plan(self, programs, compiling=compiling)
         values = [vars(around) | vars(rule) for rule in rules]
@@ -209,7 +209,8 @@ class Optimizer(torch.optim.Optimizer):
                 skip = is_bad if skip is None else skip + is_bad
         if not plan.on_device:
             if skip is not None and plain.host(skip):
-                plan.zero_grads(around)
+                plan.skip(self)
+                self._plan = None if plan.made else plan
                 return []
             skip = None
         for batch in plan.batches:
@@ -218,7 +219,7 @@ class Optimizer(torch.optim.Optimizer):
             batch.run(skip)
         if skip is not None:
             plan.zero_grads(around)
-        self._plan = plan._replace(rest=[member._replace(first=False) for member in plan.rest])
+        self._plan = None if compiling else plan.done()
         work = []
         for g, group in enumerate(self.param_groups):
             scalars = plain.Scalars(programs[g], values[g], compiling or group.get("capturable"))
@@ -255,11 +256,17 @@ class Optimizer(torch.optim.Optimizer):
                         _check_step(key, state)
 
     def _restore_dtypes(self, state_dict: Mapping[str, Any]) -> None:
-        """Undo the base class's cast of every state tensor to its parameter's dtype."""
+        """Undo the base class's cast of every state tensor to its parameter's dtype.
+
+        A number of steps is no longer the other optimizer's own, which goes on counting with it.
+        """
         for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for key, param in zip(theirs["params"], ours["params"], strict=True):
                 for name, value in state_dict["state"].get(key, {}).items():
-                    if torch.is_tensor(value) and value.dtype != self.state[param][name].dtype:
+                    own = self.state[param][name]
+                    if name == "step" and torch.is_tensor(own):
+                        self.state[param][name] = own.clone()
+                    elif torch.is_tensor(value) and value.dtype != own.dtype:
                         self.state[param][name] = value.detach().to(param.device, copy=True)
 
 

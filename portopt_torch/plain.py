@@ -31,7 +31,8 @@ class Member(NamedTuple):
         param: The parameter, which has a gradient.
         state: Its state, with every slot, and with "step" if steps are counted.
         first: Whether this is its first step.
-        foreach: Whether it may be updated together with others, by lists of tensors.
+        way: How it is updated: by "kernel", "foreach" (along with others, by lists of tensors) or
+            "plain".
     """
 
     place: int
@@ -39,7 +40,7 @@ class Member(NamedTuple):
     param: Tensor
     state: dict[str, Any]
     first: bool
-    foreach: bool
+    way: str
 
 
 class Scalars:
@@ -76,20 +77,20 @@ def update(scalars: Scalars, members: Iterable[Member]) -> None:
             member.state["step"] += 1
             t = member.state["step"] if scalars.on_device else int(member.state["step"].item())
         dtype, device = member.param.dtype, member.param.device
-        key = (t, dtype, device) if member.foreach else (t, dtype, device, member.place)
+        key = (t, dtype, device) if member.way == "foreach" else (t, dtype, device, member.place)
         alike.setdefault(key, []).append(member)
     for (t, dtype, *_), together in alike.items():
         _update(scalars.program, scalars.at(t, _COMPUTE_DTYPES[dtype]), together)
 
 
 def _update(program: Program, scalars: Mapping[str, Any], members: Sequence[Member]) -> None:
-    stored = {
-        name: [_real(_operand(member, name)) for member in members] for name in program.operands
-    }
+    stored = {name: [_operand(member, name) for member in members] for name in program.operands}
     dtype = _COMPUTE_DTYPES[members[0].param.dtype]
     # Autograd may keep what the rule read, and what it read is about to be written.
     copy = torch.is_grad_enabled()
-    read = {name: [x.to(dtype, copy=copy) for x in tensors] for name, tensors in stored.items()}
+    read = {
+        name: [_real(x).to(dtype, copy=copy) for x in tensors] for name, tensors in stored.items()
+    }
     if len(members) == 1:
         one = program.run(xp, scalars, {name: tensors[0] for name, tensors in read.items()})
         new = {name: [value] for name, value in one.items()}
@@ -98,7 +99,7 @@ def _update(program: Program, scalars: Mapping[str, Any], members: Sequence[Memb
         new = {k: v.tensors for k, v in program.run(_Functions(), scalars, lists).items()}
     for name, values in new.items():
         for tensor, value in zip(stored[name], values, strict=True):
-            tensor.copy_(value)
+            tensor.copy_(torch.view_as_complex(value) if tensor.is_complex() else value)
 
 
 _FOREACH: dict[str, Callable[..., Any]] = {
@@ -197,7 +198,7 @@ def _operand(member: Member, name: str) -> Tensor:
 
 
 def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def check_dtype(dtype: torch.dtype) -> None:

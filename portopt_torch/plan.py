@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,6 +17,7 @@ from torch import Tensor
 from portopt.kernels import cpu
 from portopt.program import Program
 from portopt.rules import Around
+from portopt.rules.around import AVERAGE
 from portopt_torch import cuda
 from portopt_torch.launch import STORAGE, Batch, CudaBatch, gradient, storage
 from portopt_torch.plain import Member, check_dtype, host
@@ -28,34 +31,63 @@ class Plan(NamedTuple):
 
     Attributes:
         programs: For each group, its program.
+        flags: For each group, the number of its parameters, and what chooses their way.
         params: All parameters.
         present: For each parameter, whether it has a gradient.
-        states: All states, by their identities: the batches keep them alive.
+        states: All states, by their identities: the members keep them alive.
         batches: The launches.
         rest: Those that do not go through a kernel.
+        made: Entries of states that this plan has made.
     """
 
     programs: list[Program]
+    flags: list[tuple[Any, ...]]
     params: list[Tensor]
     present: list[bool]
     states: list[int]
     batches: list[Batch]
     rest: list[Member]
+    made: list[tuple[Tensor, str]]
 
-    def fits(
-        self, programs: list[Program], groups: list[dict[str, Any]], state: Mapping[Any, Any]
-    ) -> bool:
-        """Whether it holds for these as well; notes where the gradients are now."""
+    def fits(self, optimizer: Optimizer, programs: list[Program]) -> bool:
+        """Whether it holds for this step as well; notes where the gradients are now.
+
+        Raises:
+            RuntimeError, TypeError: as `make_plan` does.
+        """
+        groups, state = optimizer.param_groups, optimizer.state
         params = [param for group in groups for param in group["params"]]
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             return False
         grads = [param.grad for param in params]
         return (
             all(map(is_, programs, self.programs))
+            and _flags(groups) == self.flags
             and [grad is not None for grad in grads] == self.present
             and [*map(id, state.values())] == self.states
+            and all(self._still_rests(optimizer, member) for member in self.rest)
             and all(batch.fits(grads) for batch in self.batches)
         )
+
+    def _still_rests(self, optimizer: Optimizer, member: Member) -> bool:
+        slots = self.programs[member.group].slots
+        needed = (*slots, "step") if optimizer.keeps_step else slots
+        if any(member.state.get(name) is None for name in needed):
+            return False
+        group = optimizer.param_groups[member.group]
+        return _way(optimizer, group, slots, member.param) == member.way
+
+    def done(self) -> Plan:
+        """The plan for the next step."""
+        return self._replace(rest=[member._replace(first=False) for member in self.rest], made=[])
+
+    def skip(self, optimizer: Optimizer) -> None:
+        """Leave no trace of a step that is not to be, but for gradients that it was to zero."""
+        for param, name in self.made:
+            del optimizer.state[param][name]
+            if not optimizer.state[param]:
+                del optimizer.state[param]
+        self.zero_grads(optimizer.around)
 
     def zero_grads(self, around: Around) -> None:
         """Do after a step that is skipped what it would have done to the gradients."""
@@ -73,7 +105,7 @@ class Plan(NamedTuple):
         total: Any = sum(batch.sum_squares() for batch in self.batches)
         for member in self.rest:
             grad = gradient(member.param)
-            real = torch.view_as_real(grad) if grad.is_complex() else grad
+            real = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
             total = total + torch.linalg.vector_norm(real, dtype=torch.float64).square()
         return total.sqrt() if self.on_device else math.sqrt(host(total))
 
@@ -90,39 +122,39 @@ def make_plan(optimizer: Optimizer, programs: list[Program], *, compiling: bool)
         RuntimeError: a gradient is sparse, or ``fused=True`` cannot be; nothing is changed then.
         TypeError: a parameter's dtype is none that can be updated; nothing is changed then.
     """
-    groups, state, keeps_step = optimizer.param_groups, optimizer.state, optimizer.keeps_step
+    groups, state = optimizer.param_groups, optimizer.state
     params = [(g, param) for g, group in enumerate(groups) for param in group["params"]]
-    ways = {}
-    for place, (g, param) in enumerate(params):
-        if param.grad is None:
-            continue
-        if param.grad.is_sparse:
-            raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
-        check_dtype(param.dtype)
-        kept = state.get(param, {})
-        ways[place] = "plain" if compiling else _way(groups[g], programs[g].slots, param, kept)
+    ways = {
+        place: _way(optimizer, groups[g], programs[g].slots, param, compiling=compiling)
+        for place, (g, param) in enumerate(params)
+        if param.grad is not None
+    }
+    alone = _overlapping([params[place][1] for place, way in ways.items() if way == "kernel"])
     alike: dict[Any, list[Member]] = {}
     rest: list[Member] = []
-    seen: set[int] = set()  # what stands there twice is updated twice, one after the other
+    made: list[tuple[Tensor, str]] = []
     for place, way in ways.items():
         g, param = params[place]
         slots = programs[g].slots
-        own = state[param] if slots or keeps_step else {}
-        first = all(own.get(slot) is None for slot in slots)
-        if keeps_step and "step" not in own:
+        own = state[param] if slots or optimizer.keeps_step else {}
+        lacking = [name for name in slots if own.get(name) is None]
+        first = {*lacking} >= {*slots} - {AVERAGE}
+        if optimizer.keeps_step and "step" not in own:
+            lacking.append("step")
             own["step"] = zero_steps(groups[g], param)
+        made += [(param, name) for name in lacking]
         add_slots(own, slots, param)
-        member = Member(place, g, param, own, first, way == "foreach")
-        if way != "kernel" or id(param) in seen:
+        member = Member(place, g, param, own, first, way)
+        if way != "kernel" or id(param) in alone:
             rest.append(member)
             continue
-        seen.add(id(param))
         stored = [param, gradient(param), *(own[slot] for slot in slots)]
-        counted = [own["step"]] if keeps_step else []
-        where = param.device, *(step.device for step in counted)
-        alike.setdefault((programs[g], *where, *storage(stored + counted)), []).append(member)
+        counted = [own["step"]] if optimizer.keeps_step else []
+        kind = [param.device, *((step.device, step.dtype) for step in counted), storage(stored)]
+        alike.setdefault((programs[g], *kind), []).append(member)
     return Plan(
         programs=programs,
+        flags=_flags(groups),
         params=[param for _, param in params],
         present=[param.grad is not None for _, param in params],
         states=[*map(id, state.values())],
@@ -131,7 +163,23 @@ def make_plan(optimizer: Optimizer, programs: list[Program], *, compiling: bool)
             for (program, device, *_), members in alike.items()
         ],
         rest=rest,
+        made=made,
     )
+
+
+def _flags(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    names = ("foreach", "fused", "differentiable", "capturable")
+    return [(len(group["params"]), *map(group.get, names)) for group in groups]
+
+
+def _overlapping(params: Sequence[Tensor]) -> set[int]:
+    """Those that share memory with another, or stand there twice: they take turns."""
+    found: set[int] = set()
+    by_address = sorted(params, key=Tensor.data_ptr)
+    for before, after in itertools.pairwise(by_address):
+        if before.data_ptr() + before.nbytes > after.data_ptr():
+            found |= {id(before), id(after)}
+    return found
 
 
 def zero_steps(group: Mapping[str, Any], param: Tensor) -> Tensor:
@@ -147,31 +195,54 @@ def add_slots(state: dict[str, Any], slots: tuple[str, ...], param: Tensor) -> N
         old = state.get(slot)
         if old is None:
             state[slot] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        elif old.stride() != param.stride():  # as a native's may be, which copies the gradient
+            if slot == AVERAGE:
+                state[slot].copy_(param.detach())
+        elif _strides(old) != _strides(param):  # as a native's may be, which copies the gradient
             state[slot] = torch.empty_like(param, dtype=old.dtype).copy_(old)
 
 
 def _way(
-    group: Mapping[str, Any], slots: tuple[str, ...], param: Tensor, state: Mapping[str, Any]
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    slots: tuple[str, ...],
+    param: Tensor,
+    *,
+    compiling: bool = False,
 ) -> str:
-    """How ``param`` is updated: by "kernel", "foreach", or "plain"."""
+    """How ``param`` is updated: by "kernel", "foreach", or "plain"; changes nothing."""
+    grad, state = gradient(param), optimizer.state.get(param, {})
+    if grad.is_sparse:
+        raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
+    check_dtype(param.dtype)
+    kept = {slot: state[slot] for slot in slots if state.get(slot) is not None}
+    for slot, value in kept.items():
+        if value.shape != param.shape:
+            raise RuntimeError(
+                f"{slot} must have its parameter's shape {tuple(param.shape)}, has "
+                f"{tuple(value.shape)}"
+            )
     foreach, fused = group.get("foreach"), group.get("fused")
-    if group.get("differentiable"):
+    if compiling or group.get("differentiable"):
         return "plain"
     if not fused and foreach is not None:
         return "foreach" if foreach else "plain"
     other = "foreach" if param.is_cuda else "plain"
     if fused is False:
         return other
-    kept = [state[slot] for slot in slots if state.get(slot) is not None]
-    in_order = [slot for slot in kept if slot.stride() == param.stride()]  # the others will be
-    why = _refusal([param, gradient(param), *in_order], state.get("step"))
+    in_order = [value for value in kept.values() if _strides(value) == _strides(param)]
+    why = _refusal([param, grad, *in_order], state.get("step"))  # the others will be
     if why is None:
         return "kernel"
     if fused:
         raise RuntimeError(f"`fused=True` is not possible: {why}")
     _warn(why)
     return other
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """The strides that matter."""
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    return [stride for stride, size in pairs if size > 1] if tensor.numel() else []
 
 
 def _refusal(tensors: Sequence[Tensor], step: Tensor | None) -> str | None:
@@ -194,10 +265,10 @@ def _refusal(tensors: Sequence[Tensor], step: Tensor | None) -> str | None:
             return f"a tensor has dtype {tensor.dtype}"
         if tensor.is_conj() or tensor.is_neg():
             return "a tensor is a lazy conjugate or negative"
-        if tensor.shape != param.shape or tensor.stride() != param.stride():
+        if not cpu.is_dense(param.shape, param.stride()):
+            return "a parameter has gaps in its memory"
+        if tensor.shape != param.shape or _strides(tensor) != _strides(param):
             return "a gradient or slot lies otherwise in memory than its parameter"
-    if not cpu.is_dense(param.shape, param.stride()):
-        return "a parameter has gaps in its memory"
     if param.is_cuda:
         return cuda.refusal(storage(tensors))
     return cpu.refusal(storage(tensors))
@@ -205,5 +276,9 @@ def _refusal(tensors: Sequence[Tensor], step: Tensor | None) -> str | None:
 
 @cache
 def _warn(why: str) -> None:
-    """Say once that steps are slow, and why."""
-    warnings.warn(f"portopt_torch updates parameters without a kernel, slowly: {why}", stacklevel=7)
+    """Say once that steps are slow, and why, at the line that calls for the step."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("portopt_torch", "torch"):
+        level, frame = level + 1, frame.f_back
+    text = f"portopt_torch updates parameters without a kernel, slowly: {why}"
+    warnings.warn(text, stacklevel=level)

@@ -13,8 +13,12 @@ from portopt.rules.base import (
     NonNegative,
     Rule,
     Update,
+    ema,
     is_zero,
 )
+
+AVERAGE = "param_ema"
+"""The slot that begins as the parameter; every other one begins as zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,7 @@ class Around(Hyperparameters):
         grad = min(max(grad, -clip_value), clip_value)
         grad = grad * min(1, clip_norm / (norm + 1e-6))     # norm of all gradients / grad_scale
         param, slots = rule.step(param, grad, slots)        # nothing, if skip_nonfinite has to
-        average = ema_decay * average + (1 - ema_decay) * param     # param alone at the first step
+        average = ema_decay * average + (1 - ema_decay) * param
         grad = 0                                            # zero_grad
 
     Args:
@@ -44,8 +48,8 @@ class Around(Hyperparameters):
         zero_grad: Leave zeros in the gradients. False by default.
 
     State:
-        param_ema: ``average``, with ``ema_decay``; shape and dtype of the parameter; zero before
-            the first step.
+        param_ema: ``average``, with ``ema_decay``; shape and dtype of the parameter, and at first
+            the parameter itself.
 
     Cost: 8 bytes per float32 element for ``ema_decay``, 4 for ``zero_grad``, and 4 for one or both
     of ``clip_norm`` and ``skip_nonfinite``; the others nothing.
@@ -54,9 +58,10 @@ class Around(Hyperparameters):
         HyperparameterError: a value out of its range, or ``clip_value`` along with ``clip_norm``.
 
     Differs from:
-        PyTorch: in nothing: ``clip_grad_norm_``, ``clip_grad_value_``, ``GradScaler`` and
-        ``swa_utils.get_ema_multi_avg_fn``, in this order. Keras: clips by
-        ``min(1, clip_norm / norm)``.
+        PyTorch: ``GradScaler``, ``clip_grad_value_``, ``clip_grad_norm_`` and
+        ``swa_utils.get_ema_multi_avg_fn``, in this order; but ``AveragedModel`` begins with the
+        weights after the first step, and goes on averaging a parameter that has no gradient.
+        Keras: clips by ``min(1, clip_norm / norm)``; its averages begin as PyTorch's do.
 
     Source:
         Clipping by norm: Pascanu et al. 2013, "On the difficulty of training recurrent neural
@@ -90,7 +95,7 @@ class Around(Hyperparameters):
     @property
     def slots(self) -> tuple[str, ...]:
         """Names of the arrays kept beside the rule's own slots."""
-        return ("param_ema",) if self.ema_decay else ()
+        return (AVERAGE,) if self.ema_decay else ()
 
     @property
     def scalars(self) -> tuple[str, ...]:
@@ -135,8 +140,7 @@ class Around(Hyperparameters):
             return result
         param, new = result
         if self.ema_decay:
-            move = 1 - self.ema_decay * (t > 1)
-            new = {**new, "param_ema": slot.param_ema + move * (param - slot.param_ema)}
+            new = {**new, AVERAGE: ema(slot.param_ema, param, self.ema_decay)}
         if self.zero_grad:
             new = {**new, "grad": xp.where(grad < grad, grad, 0.0)}  # 0 for NaN as well
         return param, new

@@ -70,7 +70,7 @@ def formula(rule, around, t, param, grad, slots, norm):
         grad = grad * min(1.0, around.clip_norm / (norm + 1e-6))
     param, new = rule.step(np, t, param, grad, Slots(slots))
     if around.ema_decay:
-        d = around.ema_decay if t > 1 else 0.0
+        d = around.ema_decay
         new = {**new, "param_ema": d * slots["param_ema"] + (1 - d) * param}
     return param, new
 
@@ -82,7 +82,10 @@ def test_every_combination(around, dtype):
     rule, arrays = Momentum(lr=0.1, weight_decay=0.1), params(dtype)
     start = {name: array.astype(np.float64) for name, array in arrays.items()}
     slots = ("momentum_buffer", *around.slots)
-    exact = {name: (array, dict.fromkeys(slots, 0 * array)) for name, array in start.items()}
+    begin = {"momentum_buffer": 0.0, "param_ema": 1.0}
+    exact = {
+        k: (array, {slot: begin[slot] * array for slot in slots}) for k, array in start.items()
+    }
     optimizer = optimizer_of(rule, arrays, around)
     for t, given in enumerate(grads(4, dtype), 1):
         norm = norm_of(given)
@@ -105,7 +108,7 @@ def test_every_combination(around, dtype):
 
 def native_loop(around, arrays, steps, rule):
     """The same written by hand in NumPy, operation by operation, as a training loop has it."""
-    buffers, averages = {}, {}
+    buffers, averages = {}, dict(arrays) if around.ema_decay else {}
     for given in steps:
         factor = 1 / around.grad_scale if around.grad_scale else 1.0
         if around.skip_nonfinite and not all(np.isfinite(grad).all() for grad in given.values()):
@@ -121,11 +124,9 @@ def native_loop(around, arrays, steps, rule):
                 grad = np.minimum(np.maximum(grad, -around.clip_value), around.clip_value)
             buffers[name] = rule.momentum * buffers.get(name, np.zeros_like(grad)) + grad
             arrays[name] = arrays[name] - lr * buffers[name]
-            if around.ema_decay and name in averages:
+            if around.ema_decay:
                 change = (1 - around.ema_decay) * (arrays[name] - averages[name])
                 averages[name] = averages[name] + change
-            elif around.ema_decay:
-                averages[name] = arrays[name]
     return arrays, averages
 
 
@@ -151,7 +152,8 @@ def test_around_every_rule(rule):
     rng, param = np.random.default_rng(0), weights(67)
     optimizer = Optimizer(rule, [param], around=around)
     expected = {"param": param.copy()}
-    expected |= {slot: np.zeros(67, np.float32) for slot in trace(rule, around).slots}
+    expected |= {slot: np.zeros(67, np.float32) for slot in rule.slots}
+    expected["param_ema"] = param.copy()
     for t, finite in enumerate((True, True, False), 1):
         grad = awkward(rng, 67, "float32")
         if finite:
@@ -270,9 +272,11 @@ def test_a_skipped_step_changes_nothing_and_counts_nothing(bad, where, zero_grad
 
     check_skipped()
     assert optimizer.state == {}
+    average = arrays["w"].copy()
     optimizer.step(first)
     assert optimizer.state["w"]["step"] == 1
-    assert_bits(optimizer.state["w"]["param_ema"], arrays["w"])
+    average += np.float32(0.25) * (arrays["w"] - average)
+    assert_bits(optimizer.state["w"]["param_ema"], average)
     check_skipped()
     optimizer.step(second)
     assert [state["step"] for state in optimizer.state.values()] == [2, 2, 2]
@@ -284,25 +288,33 @@ def test_without_skipping_nan_goes_through():
     optimizer = Optimizer(SGD(lr=0.5), [param], around=around)
     optimizer.step([np.array([np.nan, np.inf])])
     assert_agree(param, [np.nan, 0.5], "same")
-    assert_agree(optimizer.state[0]["param_ema"], [np.nan, 0.5], "same")
+    assert_agree(optimizer.state[0]["param_ema"], [np.nan, 0.75], "same")
 
 
 # The average
 
 
-def test_the_average_begins_at_each_parameters_own_first_step():
+def test_the_average_begins_with_each_parameter_before_its_own_first_step():
     arrays = {"early": weights(5), "late": weights(5, 2)}
+    averages = {name: array.copy() for name, array in arrays.items()}
     optimizer = Optimizer(Adam(lr=0.1), arrays, around=Around(ema_decay=0.75))
-    (one, two, three) = gradients(5, 3)
-    optimizer.step({"early": one, "late": None})
-    average = arrays["early"].copy()
-    assert_bits(optimizer.state["early"]["param_ema"], average)
-    for grad in (two, three):
-        optimizer.step({"early": grad, "late": grad})
-        average = average + np.float32(0.25) * (arrays["early"] - average)
-        if grad is two:
-            assert_bits(optimizer.state["late"]["param_ema"], arrays["late"])
-    assert_bits(optimizer.state["early"]["param_ema"], average)
+    for grad, names in zip(gradients(5, 3), (["early"], list(arrays), list(arrays)), strict=True):
+        optimizer.step({name: grad if name in names else None for name in arrays})
+        for name in names:
+            averages[name] += np.float32(0.25) * (arrays[name] - averages[name])
+            assert_bits(optimizer.state[name]["param_ema"], averages[name])
+    assert list(optimizer.state) == list(arrays)
+
+
+def test_an_average_may_begin_later():
+    param = weights(5)
+    optimizer = Optimizer(Adam(lr=0.1), [param])
+    first, second = gradients(5, 2)
+    optimizer.step([first])
+    average, optimizer.around = param.copy(), Around(ema_decay=0.75)
+    optimizer.step([second])
+    average += np.float32(0.25) * (param - average)
+    assert_bits(optimizer.state[0]["param_ema"], average)
 
 
 def test_the_average_is_saved_and_loaded():
