@@ -75,20 +75,52 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """One step of the rule for one variable and its slots."""
-        rule_class, values = self.rule_of()
-        if not self._use_weight_decay(variable):
-            values["weight_decay"] = 0.0
-        rule = rule_class.unchecked(**values, lr=learning_rate)
-        program = trace(rule)
-        index = self._get_variable_index(variable)
-        stored = {"param": variable, "grad": gradient}
-        stored |= {slot: self._slots[slot][index] for slot in program.slots}
+        t = self.iterations + 1
+        program, scalars = self._traced(self._use_weight_decay(variable), t, learning_rate)
+        stored = self._stored(program, gradient, variable)
         dtype = compute_dtype(keras.backend.standardize_dtype(variable.dtype))
-        scalars = _scalars(program, rule, self.iterations + 1, learning_rate, dtype)
+        with _float64():
+            scalars = {
+                k: x if isinstance(x, float) else ops.cast(x, dtype) for k, x in scalars.items()
+            }
         arrays = {key: ops.cast(array, dtype) for key, array in stored.items()}
         xp = namespace(arrays["param"]) if keras.backend.backend() in _KEEP_PROTOCOL else ops
         for key, value in program.run(xp, scalars, arrays).items():
             self.assign(stored[key], value)
+
+    def _backend_update_step(
+        self, grads: Any, trainable_variables: Any, learning_rate: Any
+    ) -> None:
+        """On TensorFlow all variables at once; else `update_step` for each."""
+        if not _can_be_compiled(trainable_variables):
+            super()._backend_update_step(grads, trainable_variables, learning_rate)
+            return
+        from portopt_tf import compiled
+
+        t = self.iterations + 1
+        pairs: dict[bool, list[Any]] = {}
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            decays = self._use_weight_decay(variable)
+            pairs.setdefault(decays, []).append((gradient, variable))
+        traced = {decays: self._traced(decays, t, learning_rate) for decays in pairs}
+        for decays, (program, scalars) in traced.items():
+            stored = [self._stored(program, *pair) for pair in pairs[decays]]
+            compiled.update(program, scalars, t, stored)
+
+    def _traced(self, decays: bool, t: Any, learning_rate: Any) -> tuple[Program, dict[str, Any]]:
+        """The rule's program, and its scalars at step ``t``."""
+        rule_class, values = self.rule_of()
+        if not decays:
+            values["weight_decay"] = 0.0
+        rule = rule_class.unchecked(**values, lr=learning_rate)
+        program = trace(rule)
+        return program, _scalars(program, rule, t, learning_rate)
+
+    def _stored(self, program: Program, gradient: Any, variable: Any) -> dict[str, Any]:
+        """The arrays of a variable's step by `Program.operands`."""
+        index = self._get_variable_index(variable)
+        slots = {slot: self._slots[slot][index] for slot in program.slots}
+        return {"param": variable, "grad": gradient, **slots}
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make this optimizer again, without its state."""
@@ -134,28 +166,33 @@ def _check_dtype(variable: Any) -> None:
 
 
 def _dense(gradient: Any, variable: Any) -> Any:
-    """The gradient as a tensor: the rows that TensorFlow gives for an embedding are summed."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
+    """The gradient as a tensor of the variable's shape.
 
-        if isinstance(gradient, tf.IndexedSlices):
-            rows = variable.shape[0]
-            gradient = tf.math.unsorted_segment_sum(gradient.values, gradient.indices, rows)
-    gradient = ops.convert_to_tensor(gradient)
-    if not _fits(gradient.shape, variable.shape):
-        raise ValueError(
-            f"the gradient of {_path(variable)!r} must have the variable's shape "
-            f"{tuple(variable.shape)}, has {tuple(gradient.shape)}"
-        )
-    return gradient
+    The rows that TensorFlow gives for an embedding are summed. A shape that is not known yet,
+    inside a ``tf.function``, is checked when it runs.
+    """
+    if keras.backend.backend() != "tensorflow":
+        gradient = ops.convert_to_tensor(gradient)
+        if tuple(gradient.shape) != tuple(variable.shape):
+            raise _misshapen(gradient, variable)
+        return gradient
+    import tensorflow as tf
+
+    if isinstance(gradient, tf.IndexedSlices):
+        rows = variable.shape[0]
+        gradient = tf.math.unsorted_segment_sum(gradient.values, gradient.indices, rows)
+    gradient = tf.convert_to_tensor(gradient)
+    if not gradient.shape.is_compatible_with(variable.shape):
+        raise _misshapen(gradient, variable)
+    if gradient.shape.is_fully_defined():
+        return gradient
+    return tf.ensure_shape(gradient, variable.shape)
 
 
-def _fits(shape: Any, expected: Any) -> bool:
-    """Whether ``shape`` is as expected, as far as it is known inside a ``tf.function``."""
-    if getattr(shape, "rank", 0) is None:
-        return True
-    return len(shape) == len(expected) and all(
-        size in (None, wanted) for size, wanted in zip(shape, expected, strict=True)
+def _misshapen(gradient: Any, variable: Any) -> ValueError:
+    return ValueError(
+        f"the gradient of {_path(variable)!r} must have the variable's shape "
+        f"{tuple(variable.shape)}, has {tuple(gradient.shape)}"
     )
 
 
@@ -163,20 +200,26 @@ def _path(variable: Any) -> str:
     return getattr(variable, "path", variable.name)  # a tf.Variable has no path
 
 
-def _scalars(
-    program: Program, rule: Rule, t: Any, learning_rate: Any, dtype: str
-) -> dict[str, Any]:
-    """The program's scalars: floats where ``t`` has a value, else 0-d tensors, from float64."""
+def _can_be_compiled(variables: list[Any]) -> bool:
+    if keras.backend.backend() != "tensorflow":
+        return False
+    from portopt_tf import compiled
+
+    return compiled.is_possible(variables)
+
+
+def _scalars(program: Program, rule: Rule, t: Any, learning_rate: Any) -> dict[str, Any]:
+    """The program's scalars: floats where ``t`` has a value, else 0-d tensors of float64."""
     values = vars(rule)
     if not (_is_symbolic(t) or _is_symbolic(learning_rate)):
-        return program.scalars({**values, "lr": float(learning_rate)}, int(t))
+        rate = float(learning_rate + 0)  # a mirrored variable is no number, but its sums are
+        return program.scalars({**values, "lr": rate}, int(t))
+
+    def double(x: Any) -> Any:  # Keras would cast a float by way of float32
+        return x if isinstance(x, float) else ops.cast(x, "float64")
+
     with _float64():
-
-        def double(x: Any) -> Any:  # Keras would cast a float by way of float32
-            return x if isinstance(x, float) else ops.cast(x, "float64")
-
-        scalars = program.scalars({**values, "lr": double(learning_rate)}, double(t), double)
-        return {k: s if isinstance(s, float) else ops.cast(s, dtype) for k, s in scalars.items()}
+        return program.scalars({**values, "lr": double(learning_rate)}, double(t), double)
 
 
 def _is_symbolic(x: Any) -> bool:
