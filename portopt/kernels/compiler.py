@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import importlib.util
 import itertools
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -58,7 +56,7 @@ def _compiled(text: str) -> Kernel:
     machine, jit, processor = _host()
     # The text says all about the kernel, the rest all about who turns it into what for whom.
     version = binding.llvm_version_info
-    key = hashlib.sha256(repr((text, processor, version)).encode()).hexdigest()
+    key = _digest(repr((text, processor, version)), b"").hex()
     code = _read(key)
     if code is None:
         module = binding.parse_assembly(text)
@@ -121,11 +119,15 @@ def _read(key: str) -> bytes | None:
 
 
 def _digest(key: str, code: bytes) -> bytes:
+    import hashlib  # here, as `import portopt` is to be quick
+
     return hashlib.sha256(key.encode() + code).digest()
 
 
 def _write(key: str, code: bytes) -> None:
     """Keep ``code``, so that other processes see all of it or nothing."""
+    import tempfile
+
     with contextlib.suppress(OSError, RuntimeError):
         folder = _folder()
         folder.mkdir(parents=True, exist_ok=True)

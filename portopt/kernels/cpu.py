@@ -6,9 +6,8 @@ import contextlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,9 @@ import numpy.typing as npt
 from portopt.arrays import compute_dtype
 from portopt.kernels import compiler, llvm
 from portopt.program import Program
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 SPAN = 2**16
 """The most elements of a span: enough to stream, few enough to balance threads."""
@@ -39,6 +41,8 @@ class Launch:
 
     def launch(self, threads: int) -> None:
         """Do all spans; when it returns or raises, no thread is at work on them any more."""
+        from concurrent.futures import Future, wait  # here, as `import portopt` is to be quick
+
         counter = np.zeros(1, np.int64)
         wanted = min(threads, len(self.spans)) - 1 if self.size > ALONE else 0
         helpers: list[Future[None]] = [Future() for _ in range(wanted)]
@@ -176,6 +180,8 @@ _pool: ThreadPoolExecutor | None = None
 def _threads() -> ThreadPoolExecutor:
     global _pool
     if _pool is None:
+        from concurrent.futures import ThreadPoolExecutor
+
         _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="portopt")
     return _pool
 

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import stat
+import tempfile
 
 import numpy as np
 import pytest
@@ -153,7 +154,7 @@ def test_a_folder_that_cannot_be_used_costs_only_time(folder, compilations, spoi
     ("module", "name", "number"),
     [
         (os, "mkdir", errno.EROFS),
-        (compiler.tempfile, "mkstemp", errno.EACCES),
+        (tempfile, "mkstemp", errno.EACCES),
         (os, "replace", errno.EACCES),
     ],
 )
