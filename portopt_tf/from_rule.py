@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import keras
 
 from portopt.rules import Rule
+from portopt.rules.base import presets
 from portopt_tf.optimizer import Optimizer
 
 SHARED = ("lr", "weight_decay")  # arguments of every Keras optimizer, under names of its own
@@ -46,10 +47,8 @@ def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
 
 @cache
 def _class_of(rule: Rule | type[Rule]) -> type[Optimizer]:
-    rule_class = rule if isinstance(rule, type) else type(rule)
+    rule_class, defaults = presets(rule)
     names = [field.name for field in fields(rule_class)]
-    preset = {} if isinstance(rule, type) else {name: getattr(rule, name) for name in names}
-    defaults = rule_class.defaults() | preset
     own = [name for name in names if name not in SHARED]
     lr, decay = defaults.get("lr"), defaults["weight_decay"] or None
 

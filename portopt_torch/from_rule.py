@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from portopt.rules import Around, Rule
+from portopt.rules.base import presets
 from portopt_torch.optimizer import Optimizer
 
 
@@ -44,10 +45,8 @@ def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
 
 @cache
 def _class_of(rule: Rule | type[Rule]) -> type[Optimizer]:
-    rule_class = rule if isinstance(rule, type) else type(rule)
+    rule_class, defaults = presets(rule)
     names = [field.name for field in fields(rule_class)]
-    preset = {} if isinstance(rule, type) else {name: getattr(rule, name) for name in names}
-    defaults = rule_class.defaults() | preset
 
     class FromRule(Optimizer):
         __doc__ = f"`{rule_class.__name__}` as a ``torch.optim.Optimizer``.\n\n{rule_class.__doc__}"

@@ -47,8 +47,10 @@ class Batch:
         self.params = [member.param for member in members]
         self.states = [member.state for member in members]
         self.groups = np.array([member.group for member in members])
-        self.kept = self._kept()
-        self.addresses, self.kept_layout = _addresses(self.kept), _order(self.kept)
+        kept = self._kept()
+        self.addresses, self.kept_layout = _addresses(kept), _order(kept)
+        # While these live, nothing else can come to lie at those addresses.
+        self.storages = [tensor.untyped_storage() for tensor in kept]
         grads = [gradient(param) for param in self.params]
         self.dtype, self.layout = grads[0].dtype, _layout(grads)
         sizes = [grad.numel() * (1 + grad.is_complex()) for grad in grads]

@@ -89,13 +89,16 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; the gradient is left as it is.
+        """Update every parameter that has a gradient.
+
+        The gradient is left as it is, unless ``around`` has ``zero_grad``.
 
         Args:
             closure: Evaluates the model again and returns the loss, which is returned.
 
         Raises:
-            RuntimeError: a gradient is sparse; nothing is changed then.
+            RuntimeError: a gradient is sparse, a slot has not its parameter's shape, or
+                ``fused=True`` with what no kernel takes; nothing is changed then.
             TypeError: a parameter with a gradient has a dtype other than float16, bfloat16,
                 float32, float64 and their complex kin; nothing is changed then.
         """

@@ -191,6 +191,13 @@ class Rule(Hyperparameters):
         return self.update(xp, t, param, grad, slot)
 
 
+def presets(rule: Rule | type[Rule]) -> tuple[type[Rule], dict[str, Any]]:
+    """A rule's class, and the values of its fields: of a class, those that have a default."""
+    if isinstance(rule, type):
+        return rule, rule.defaults()
+    return type(rule), {field.name: getattr(rule, field.name) for field in fields(rule)}
+
+
 def ema(old: Array, new: Array, decay: float) -> Array:
     """The exponential moving average ``decay*old + (1 - decay)*new``.
 

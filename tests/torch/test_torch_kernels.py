@@ -1082,3 +1082,18 @@ def test_only_the_first_step_compiles():
     optimizer.add_param_group({"params": make_params([(3, 5)]), "lr": 0.7})
     train(optimizer, make_grads([(67,), (3, 5)], 2))
     assert compiler._compiled.cache_info().misses == first
+
+
+def test_memory_that_a_plan_knows_lives_until_the_next_step():
+    """So that no other tensor comes to lie at the address that the plan asks for."""
+    (param,) = make_params([(67,)])
+    optimizer = train(ours("Adam")([param]), make_grads([(67,)], 1))
+    memory = np.zeros(67, np.float32)
+    slot = optimizer.state[param]["exp_avg"] = torch.from_numpy(memory)
+    alive = weakref.ref(memory)
+    del memory
+    optimizer.step()
+    slot.data = torch.zeros(67)
+    assert alive() is not None
+    optimizer.step()
+    assert alive() is None
