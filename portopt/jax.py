@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 from portopt.arrays import STORAGE_DTYPES, compute_dtype
 from portopt.program import Program
 from portopt.rules import Rule
+from portopt.rules.around import initial
+from portopt.rules.base import PARAM
 from portopt.trace import trace
 
 Pytree: TypeAlias = Any
@@ -72,7 +74,7 @@ class Optimizer:
             raise TypeError(f"lr must be a real number, a 0-d array or a schedule, got {self.lr!r}")
 
     def init(self, params: Pytree) -> State:
-        """The state before the first step: slots of zeros, of the parameters' shapes and dtypes.
+        """The state before the first step: slots of the parameters' shapes and dtypes.
 
         Raises:
             TypeError: a parameter is no array of floats.
@@ -81,9 +83,15 @@ class Optimizer:
         import jax.numpy as jnp
 
         _check_dtypes(params)
-        program = trace(self._rule(jnp.zeros((), "int32")))
-        slots = {slot: jax.tree.map(jnp.zeros_like, params) for slot in program.slots}
-        return State(jnp.zeros((), "int32"), slots)
+        rule = self._rule(jnp.zeros((), "int32"))
+
+        def begin(slot: str) -> Pytree:
+            value = initial(rule, slot)
+            if value is PARAM:
+                return jax.tree.map(jnp.array, params)
+            return jax.tree.map(lambda param: jnp.full_like(param, value), params)
+
+        return State(jnp.zeros((), "int32"), {slot: begin(slot) for slot in trace(rule).slots})
 
     def step(self, params: Pytree, state: State, grads: Pytree) -> tuple[Pytree, State]:
         """The new parameters and the new state; changes nothing.

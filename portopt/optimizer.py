@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from portopt.arrays import STORAGE_DTYPES, Namespace, compute_dtype
-from portopt.kernels import cpu
 from portopt.program import Program
 from portopt.rules import Around, Rule
-from portopt.rules.around import AVERAGE
+from portopt.rules.around import initial
+from portopt.rules.base import PARAM
 from portopt.trace import trace
 
 NDArray: TypeAlias = npt.NDArray[Any]
@@ -138,7 +138,7 @@ class Optimizer:
             scalars = cache(partial(program.scalars, values | vars(rule)))  # once for each step
             for name, param in group["params"].items():
                 if checked[name] is not None:
-                    state = _state(self.state.get(name, {}), program, param)
+                    state = _state(self.state.get(name, {}), rule, program, param)
                     state["step"] += 1
                     arrays = {"param": param, "grad": checked[name], **state}
                     operands = tuple(arrays[operand] for operand in program.operands)
@@ -160,7 +160,7 @@ class Optimizer:
             for name, param in group["params"].items():
                 if name in self.state:
                     program = trace(rule, self.around)
-                    state[name] = _copy(_state(self.state[name], program, param))
+                    state[name] = _copy(_state(self.state[name], rule, program, param))
         groups = [{**_hyper(group), "params": list(group["params"])} for group in self.param_groups]
         return {"state": state, "param_groups": groups}
 
@@ -247,14 +247,14 @@ class _Work(NamedTuple):
     state: dict[str, Any]
 
 
-def _state(entries: Mapping[str, Any], program: Program, param: NDArray) -> dict[str, Any]:
+def _state(
+    entries: Mapping[str, Any], rule: Rule, program: Program, param: NDArray
+) -> dict[str, Any]:
     """A parameter's state with just the slots that the program has now."""
 
     def begin(slot: str) -> NDArray:
-        new = np.zeros_like(param, subok=False)
-        if slot == AVERAGE:
-            new[...] = param
-        return new
+        value = initial(rule, slot)
+        return np.full_like(param, param if value is PARAM else value, subok=False)
 
     slots = {slot: entries[slot] if slot in entries else begin(slot) for slot in program.slots}
     return {"step": entries.get("step", 0), **slots}
@@ -262,6 +262,8 @@ def _state(entries: Mapping[str, Any], program: Program, param: NDArray) -> dict
 
 def _run(work: list[_Work]) -> None:
     """Run the programs: as kernels on arrays that lie alike in memory, else one by one."""
+    from portopt.kernels import cpu  # here, as `import portopt` is to be quick
+
     alike: dict[tuple[Program, tuple[str, ...]], list[_Work]] = {}
     for item in work:
         if _takes(item.operands):
@@ -294,6 +296,8 @@ def _run_plain(item: _Work) -> None:
 
 def _norm(grads: list[NDArray]) -> float:
     """The 2-norm of all gradients together."""
+    from portopt.kernels import cpu
+
     totals: list[float] = []
     alike: dict[str, list[NDArray]] = {}
     for grad in grads:
@@ -317,6 +321,8 @@ def _takes(arrays: Sequence[NDArray]) -> bool:
 
 
 def _refusal(arrays: Sequence[NDArray]) -> str | None:
+    from portopt.kernels import cpu
+
     first = arrays[0]
     if not all(array.flags.aligned and array.dtype.isnative for array in arrays):
         return "an array is not aligned, or of another byte order than this processor's"

@@ -20,7 +20,21 @@ import numpy.typing as npt
 from portopt import worker
 from portopt.arrays import Namespace
 from portopt.optimizer import Optimizer
-from portopt.rules import SGD, Adam, AdamW, Momentum, RMSprop, Rule
+from portopt.rules import (
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Ftrl,
+    Lion,
+    Momentum,
+    RAdam,
+    RMSprop,
+    Rprop,
+    Rule,
+)
 from portopt.trace import trace
 
 LIMIT = 1.1
@@ -60,102 +74,61 @@ class Case:
 LR = 2.0**-7  # Keras holds it in float32: the rounding of an input is not what is judged
 
 
-def _case(
-    rule: type[Rule], torch: Twin | None = None, keras: Twin | None = None, **options: Any
-) -> Case:
-    """A case at the learning rate `LR`; the twins are given without it."""
-    return Case(
-        rule(lr=LR, **options),
-        torch and (torch[0], {"lr": LR, **torch[1]}),
-        keras and (keras[0], {"learning_rate": LR, **keras[1]}),
-    )
+def _cases(rule: type[Rule], **calls: Sequence[dict[str, Any]]) -> Iterator[Case]:
+    """For each framework and each call of its native that is ``rule``: a case, at `LR`."""
+    for native in rule.natives:
+        for given in calls.get(native.framework, ()):
+            lr = {"torch": "lr", "keras": "learning_rate"}[native.framework]
+            arguments = {lr: LR, **given}
+            values = {**native.values, **native.fields(arguments)}
+            yield Case(rule(**values), **{native.framework: (native.title, arguments)})
 
 
-INSIDE: dict[str, Any] = {"eps": 1e-7, "eps_form": "inside", "buffer": "velocity"}
-HAT: dict[str, Any] = {"eps": 1e-7, "eps_form": "hat"}
+MOMENTUM, DECAY, UP = {"momentum": 0.9}, {"weight_decay": 0.1}, {"maximize": True}
 CASES = (
-    _case(SGD, torch=("SGD", {}), keras=("SGD", {})),
-    _case(
-        SGD,
-        weight_decay=0.1,
-        maximize=True,
-        torch=("SGD", {"weight_decay": 0.1, "maximize": True}),
-    ),
-    _case(SGD, weight_decay=0.1, decoupled=True, keras=("SGD", {"weight_decay": 0.1})),
-    _case(Momentum, torch=("SGD", {"momentum": 0.9})),
-    _case(
+    *_cases(SGD, torch=[{}, DECAY | UP], keras=[{}, DECAY]),
+    *_cases(
         Momentum,
-        nesterov=True,
-        maximize=True,
-        torch=("SGD", {"momentum": 0.9, "nesterov": True, "maximize": True}),
+        torch=[
+            MOMENTUM,
+            MOMENTUM | UP | {"nesterov": True},
+            MOMENTUM | DECAY | {"dampening": 0.3},
+        ],
+        keras=[MOMENTUM, MOMENTUM | DECAY | {"nesterov": True}],
     ),
-    _case(
-        Momentum,
-        dampening=0.3,
-        weight_decay=0.1,
-        torch=("SGD", {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
-    ),
-    _case(Momentum, buffer="velocity", keras=("SGD", {"momentum": 0.9})),
-    _case(
-        Momentum,
-        buffer="velocity",
-        nesterov=True,
-        weight_decay=0.1,
-        decoupled=True,
-        keras=("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-    ),
-    _case(RMSprop, torch=("RMSprop", {})),
-    _case(
+    *_cases(
         RMSprop,
-        alpha=0.9,
-        momentum=0.9,
-        weight_decay=0.1,
-        maximize=True,
-        torch=("RMSprop", {"alpha": 0.9, "momentum": 0.9, "weight_decay": 0.1, "maximize": True}),
+        torch=[{}, MOMENTUM | DECAY | UP | {"alpha": 0.9}, MOMENTUM | {"centered": True}],
+        keras=[{}, MOMENTUM | DECAY | {"centered": True}],
     ),
-    _case(
-        RMSprop,
-        momentum=0.9,
-        centered=True,
-        torch=("RMSprop", {"momentum": 0.9, "centered": True}),
-    ),
-    _case(RMSprop, alpha=0.9, **INSIDE, keras=("RMSprop", {})),
-    _case(
-        RMSprop,
-        alpha=0.9,
-        momentum=0.9,
-        centered=True,
-        weight_decay=0.1,
-        decoupled=True,
-        **INSIDE,
-        keras=("RMSprop", {"momentum": 0.9, "centered": True, "weight_decay": 0.1}),
-    ),
-    _case(Adam, torch=("Adam", {})),
-    _case(Adam, beta1=0.5, beta2=0.9, torch=("Adam", {"betas": (0.5, 0.9)})),
-    _case(
+    *_cases(
         Adam,
-        amsgrad=True,
-        weight_decay=0.1,
-        maximize=True,
-        torch=("Adam", {"amsgrad": True, "weight_decay": 0.1, "maximize": True}),
+        torch=[{}, {"betas": (0.5, 0.9)}, DECAY | UP | {"amsgrad": True}],
+        keras=[{}, DECAY | {"amsgrad": True}],
     ),
-    _case(Adam, **HAT, keras=("Adam", {})),
-    _case(
-        Adam,
-        amsgrad=True,
-        weight_decay=0.1,
-        decoupled=True,
-        **HAT,
-        keras=("Adam", {"amsgrad": True, "weight_decay": 0.1}),
+    *_cases(AdamW, torch=[{}, UP | {"amsgrad": True}], keras=[{}]),
+    *_cases(
+        Adagrad,
+        torch=[{}, DECAY | UP | {"lr_decay": 0.1, "initial_accumulator_value": 0.1}],
+        keras=[{}, DECAY],
     ),
-    _case(AdamW, torch=("AdamW", {})),
-    _case(
-        AdamW,
-        amsgrad=True,
-        maximize=True,
-        torch=("AdamW", {"amsgrad": True, "maximize": True}),
+    *_cases(Adadelta, torch=[{}, DECAY | UP], keras=[{}, DECAY]),
+    *_cases(Adamax, torch=[{}, DECAY | UP], keras=[{}, DECAY]),
+    *_cases(RAdam, torch=[{}, DECAY | UP, DECAY | {"decoupled_weight_decay": True}]),
+    *_cases(Rprop, torch=[{}, UP | {"etas": (0.4, 1.5)}]),
+    *_cases(Lion, keras=[{}, DECAY]),
+    *_cases(
+        Ftrl,
+        keras=[
+            {},
+            DECAY | {"l1_regularization_strength": 0.01, "beta": 0.1},
+            {
+                "learning_rate_power": -1.0,
+                "l2_regularization_strength": 0.1,
+                "l2_shrinkage_regularization_strength": 0.1,
+            },
+        ],
     ),
-    _case(AdamW, weight_decay=0.004, **HAT, keras=("AdamW", {})),
 )
 """Every rule with every option that a native optimizer has too."""
 
@@ -241,7 +214,8 @@ def on_jax(rule: Rule) -> Arrays:
     compiled = jax.jit(step)
     results: Arrays = {}
     for name, param in params.items():
-        arrays = {"param": param, **{slot: np.zeros_like(param) for slot in program.slots}}
+        slots = {slot: np.full_like(param, rule.initial(slot)) for slot in program.slots}
+        arrays = {"param": param, **slots}
         for t, grad in enumerate(grads, 1):
             slots = {slot: arrays[slot] for slot in program.slots}
             arrays = compiled(program.scalars(vars(rule), t), arrays["param"], grad[name], slots)

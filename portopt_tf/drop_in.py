@@ -1,12 +1,19 @@
-"""The optimizers of ``keras.optimizers``, by the same names, with the same arguments and slots."""
+"""The optimizers of ``keras.optimizers``, by the same names, with the same arguments and slots.
+
+They are made from what their rules say of them, by `drop_in`; but for SGD, which is two rules.
+"""
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import keras
 
 from portopt import rules
+from portopt.rules import registry
+from portopt_tf.from_rule import SHARED, from_rule
 from portopt_tf.optimizer import Optimizer
 
 registered = keras.saving.register_keras_serializable(package="portopt")
@@ -46,105 +53,69 @@ class SGD(Optimizer):
         return rules.Momentum, {**decay, **momentum}
 
 
-@registered
-class RMSprop(Optimizer):
-    """``keras.optimizers.RMSprop``: the rule `portopt.rules.RMSprop`, epsilon inside the root.
-
-    The momentum buffer is a velocity, which holds the learning rate. Arguments, after
-    ``weight_decay`` by name, are those of ``keras.optimizers.RMSprop``.
-    """
-
-    rule_class = rules.RMSprop
-    fixed: ClassVar = {"decoupled": True, "eps_form": "inside", "buffer": "velocity"}
-    fields: ClassVar = {
-        "rho": "alpha",
-        "momentum": "momentum",
-        "epsilon": "eps",
-        "centered": "centered",
-    }
-    slot_names: ClassVar = (
-        {"square_avg": "velocity"},
-        {"momentum_buffer": "momentum"},
-        {"grad_avg": "average_gradient"},
-    )
-
-    def __init__(
-        self,
-        learning_rate: Any = 0.001,
-        rho: float = 0.9,
-        momentum: float = 0.0,
-        epsilon: float = 1e-7,
-        centered: bool = False,
-        weight_decay: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        hyperparameters = {
-            "rho": rho,
-            "momentum": momentum,
-            "epsilon": epsilon,
-            "centered": centered,
-        }
-        super().__init__(learning_rate, hyperparameters, weight_decay=weight_decay, **kwargs)
+CLASSES: dict[str, type[Optimizer]] = {"SGD": SGD}
+"""By its name, the class for every native that the installed Keras has."""
 
 
-@registered
-class Adam(Optimizer):
-    """``keras.optimizers.Adam``: the rule `portopt.rules.Adam` with "epsilon hat".
+def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
+    """The class that stands in for a native, with its arguments and variables; registered."""
+    signature = inspect.signature(getattr(keras.optimizers, native.title))
+    known = {field.name for field in fields(rule)}
+    targets = {name: native.target(name) for name in signature.parameters}
+    own = {name: field for name, field in targets.items() if field in known.difference(SHARED)}
+    settled = native.values.keys() - {*own.values(), *SHARED}
+    decay = signature.parameters["weight_decay"].default
+    base = CLASSES.get(rule.__base__.__name__, Optimizer)  # AdamW is an Adam
 
-    Arguments, after ``weight_decay`` by name, are those of ``keras.optimizers.Adam``.
-    """
-
-    rule_class = rules.Adam
-    fixed: ClassVar = {"decoupled": True, "eps_form": "hat"}
-    fields: ClassVar = {
-        "beta_1": "beta1",
-        "beta_2": "beta2",
-        "epsilon": "eps",
-        "amsgrad": "amsgrad",
-    }
-    slot_names: ClassVar = (
-        {"exp_avg": "momentum", "exp_avg_sq": "velocity"},
-        {"max_exp_avg_sq": "velocity_hat"},
-    )
-
-    def __init__(
-        self,
-        learning_rate: Any = 0.001,
-        beta_1: float = 0.9,
-        beta_2: float = 0.999,
-        epsilon: float = 1e-7,
-        amsgrad: bool = False,
-        weight_decay: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        hyperparameters = {
-            "beta_1": beta_1,
-            "beta_2": beta_2,
-            "epsilon": epsilon,
-            "amsgrad": amsgrad,
-        }
-        super().__init__(learning_rate, hyperparameters, weight_decay=weight_decay, **kwargs)
-
-
-@registered
-class AdamW(Adam):
-    """``keras.optimizers.AdamW``: `Adam` with a weight decay.
-
-    Arguments, after ``amsgrad`` by name, are those of ``keras.optimizers.AdamW``.
-    """
-
-    def __init__(
-        self,
-        learning_rate: Any = 0.001,
-        weight_decay: float = 0.004,
-        beta_1: float = 0.9,
-        beta_2: float = 0.999,
-        epsilon: float = 1e-7,
-        amsgrad: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        if weight_decay is None:
-            raise ValueError("Argument `weight_decay` must be a float. Received: weight_decay=None")
-        super().__init__(
-            learning_rate, beta_1, beta_2, epsilon, amsgrad, weight_decay=weight_decay, **kwargs
+    class DropIn(base):
+        __doc__ = (
+            f"``{native.name}``: the rule `portopt.rules.{rule.__name__}`.\n\n"
+            "Arguments and variables are the native's."
         )
+        __signature__ = signature
+        rule_class: ClassVar = rule
+        fixed: ClassVar = {name: native.values[name] for name in settled}
+        fields: ClassVar = own
+        slot_names: ClassVar = native.slots
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = dict(bound.arguments)
+            given |= given.pop("kwargs", {})
+            if given["weight_decay"] is None and decay is not None:
+                raise ValueError(
+                    "Argument `weight_decay` must be a float. Received: weight_decay=None"
+                )
+            hyperparameters = {name: given.pop(name) for name in own}
+            Optimizer.__init__(self, given.pop("learning_rate"), hyperparameters, **given)
+
+    DropIn.__name__ = DropIn.__qualname__ = native.title
+    DropIn.__module__ = __package__
+    return registered(DropIn)
+
+
+def get(name: str) -> type[Optimizer]:
+    """An optimizer class by its name, in upper or lower case.
+
+    Args:
+        name: One of ``keras.optimizers``'; else that of a rule, of portopt or of an installed
+            package (entry points ``portopt.rules``), of which `from_rule` makes a class.
+
+    Raises:
+        TypeError: ``name`` is no string.
+        ValueError: there is none of this name; says which there are.
+        ImportError: the package that brings the rule cannot be imported.
+
+    Example:
+        >>> get("lion").__name__, get("radam").__name__
+        ('Lion', 'RAdam')
+    """
+    rule, native = registry.find(name, "keras")
+    return (native and CLASSES.get(native.title)) or from_rule(rule)
+
+
+# Made now and not when asked for: a saved model finds its optimizer among what is registered.
+for _rule, _native in registry.drop_ins("keras"):
+    if _native.title not in CLASSES and hasattr(keras.optimizers, _native.title):
+        CLASSES[_native.title] = drop_in(_rule, _native)

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import keras
+import numpy as np
 from keras import ops
 
 from portopt.arrays import STORAGE_DTYPES, compute_dtype, namespace
 from portopt.program import Program
 from portopt.rules import HyperparameterError, Rule
+from portopt.rules.base import PARAM
 from portopt.trace import trace
 
 _KEEP_PROTOCOL = ("jax", "torch", "numpy")
@@ -59,19 +61,26 @@ class Optimizer(keras.optimizers.Optimizer):
         return self.rule_class, {**self.fixed, **values, "weight_decay": self.weight_decay or 0.0}
 
     def build(self, variables: list[Any]) -> None:
-        """Create the slots of ``variables``, all zero and named ``{variable}_{slot}``."""
+        """Create the slots of ``variables``, named ``{variable}_{slot}``."""
         if self.built:
             return
         for variable in variables:
             _check_dtype(variable)
         super().build(variables)
         rule_class, values = self.rule_of()
-        wanted = rule_class.unchecked(**values).slots
+        rule = rule_class.unchecked(**values, lr=self._get_current_learning_rate())
         self._slots: dict[str, list[Any]] = {}
         for names in self.slot_names:
-            used = {slot: name for slot, name in names.items() if slot in wanted}
-            made = self.add_optimizer_variables(variables, list(used.values()))
+            used = {slot: name for slot, name in names.items() if slot in rule.slots}
+            begin = {slot: rule.initial(slot) for slot in used}
+            made = self.add_optimizer_variables(
+                variables, list(used.values()), [*map(_initializer, begin.values())]
+            )
             self._slots |= dict(zip(used, made, strict=True))
+            for slot in used:
+                if begin[slot] is PARAM:
+                    for own, variable in zip(self._slots[slot], variables, strict=True):
+                        own.assign(variable)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """One step of the rule for one variable and its slots."""
@@ -154,6 +163,13 @@ class Optimizer(keras.optimizers.Optimizer):
             raise kind(
                 f"`{name}` must be {error.allowed}. Received: {name}={error.value!r}"
             ) from error
+
+
+def _initializer(value: Any) -> Any:
+    if value is PARAM:
+        return "zeros"
+    # Keras would take a Python float into float64 by way of float32.
+    return keras.initializers.Constant(np.float64(value) if isinstance(value, float) else value)
 
 
 def _check_dtype(variable: Any) -> None:

@@ -1,14 +1,25 @@
-"""The optimizers of ``torch.optim``, by the same names, with the same arguments and state."""
+"""The optimizers of ``torch.optim``, by the same names, with the same arguments and state.
+
+The four that most programs use are written out, for editors and type checkers to read; the others
+are made from what their rules say of them, by `drop_in`.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from portopt import rules
+from portopt.rules import registry
+from portopt_torch.from_rule import from_rule
 from portopt_torch.optimizer import Optimizer
+from portopt_torch.plan import add_slots, zero_steps
 
 Fields = tuple[type[rules.Rule], dict[str, Any]]
 FLAGS = ("amsgrad", "centered", "decoupled_weight_decay", "maximize", "nesterov")
@@ -213,3 +224,71 @@ def _same(group: Mapping[str, Any], *names: str) -> dict[str, Any]:
 def _flag(value: Any) -> Any:
     """PyTorch takes any value for a flag; 0 and 1 are plain enough to be taken for one here."""
     return bool(value) if isinstance(value, int) else value
+
+
+WRITTEN_OUT = {cls.__name__: cls for cls in (SGD, RMSprop, Adam, AdamW)}
+
+
+def names() -> list[str]:
+    """The optimizers of the installed ``torch.optim`` that have a drop-in class."""
+    natives = {native.title for _, native in registry.drop_ins("torch")}
+    return sorted(title for title in natives if hasattr(torch.optim, title))
+
+
+def get(name: str) -> type[Optimizer]:
+    """An optimizer class by its name, in upper or lower case.
+
+    Args:
+        name: One of ``torch.optim``'s; else that of a rule, of portopt or of an installed package
+            (entry points ``portopt.rules``), of which `from_rule` makes a class.
+
+    Raises:
+        TypeError: ``name`` is no string.
+        ValueError: there is none of this name; says which there are.
+        ImportError: the package that brings the rule cannot be imported.
+
+    Example:
+        >>> get("lion"), get("adagrad")
+        (<class 'portopt_torch.from_rule.Lion'>, <class 'portopt_torch.Adagrad'>)
+    """
+    rule, native = registry.find(name, "torch")
+    if native is None or not hasattr(torch.optim, native.title):
+        return from_rule(rule)
+    return WRITTEN_OUT.get(native.title) or drop_in(rule, native)
+
+
+@cache
+def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
+    """The class that stands in for a native, with its arguments, groups and ``state_dict``."""
+    signature = inspect.signature(getattr(torch.optim, native.title))
+    is_bool = {field.name: field.type == "bool" for field in fields(rule)}
+    targets = {name: native.target(name) for name in signature.parameters}
+    own = [name for name, target in targets.items() if {target} & {*is_bool} or target != name]
+
+    class DropIn(Optimizer):
+        __doc__ = (
+            f"``{native.name}``: the rule `portopt.rules.{rule.__name__}`.\n\n"
+            "Arguments, groups and ``state_dict`` are the native's, with ``around`` on top."
+        )
+        may_lack = LATER
+
+        def __init__(self, *args: Any, around: rules.Around | None = None, **kwargs: Any) -> None:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            params = bound.arguments.pop("params")
+            super().__init__(params, dict(bound.arguments), around)
+            for group in self.param_groups if native.eager else ():
+                rule, program = self._traced(group)
+                for param in group["params"]:
+                    self.state[param]["step"] = zero_steps(group, param)
+                    add_slots(self.state[param], rule, program.slots, param)
+
+        @classmethod
+        def rule_of(cls, group: Mapping[str, Any]) -> Fields:
+            given = native.fields({name: group[name] for name in own})
+            flags = {name: _flag(value) for name, value in given.items() if is_bool[name]}
+            return rule, {**native.values, **given, **flags}
+
+    DropIn.__name__ = DropIn.__qualname__ = native.title
+    DropIn.__module__ = __package__
+    return DropIn

@@ -17,14 +17,11 @@ from portopt_torch.plan import Plan, add_slots, make_plan, zero_steps
 NATIVE_WORDS = {
     "lr": "Invalid learning rate",
     "eps": "Invalid epsilon value",
-    "alpha": "Invalid alpha value",
     "beta1": "Invalid beta parameter at index 0",
     "beta2": "Invalid beta parameter at index 1",
-    "momentum": "Invalid momentum value",
-    "weight_decay": "Invalid weight_decay value",
     "nesterov": "Nesterov momentum requires a momentum and zero dampening",
 }
-"""How the optimizers of ``torch.optim`` begin their errors about a hyperparameter."""
+"""How the optimizers of ``torch.optim`` begin their errors, where not with its name."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -115,10 +112,10 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer`` does; with zeros for slots turned on since the last step."""
         for group in self.param_groups:
-            slots = self._program(group).slots
+            rule, program = self._traced(group)
             for param in group["params"]:
                 if self.state.get(param):
-                    add_slots(self.state[param], slots, param)
+                    add_slots(self.state[param], rule, program.slots, param)
         state: dict[str, Any] = super().state_dict()
         return state
 
@@ -183,14 +180,17 @@ class Optimizer(torch.optim.Optimizer):
             cls(**{name: plain.host(value) for name, value in values.items()})
         except HyperparameterError as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            if error.name not in NATIVE_WORDS or (kind is TypeError and error.name == "nesterov"):
+            is_flag = error.name not in cls.hyperparameters()
+            if is_flag and (kind is TypeError or error.name not in NATIVE_WORDS):
                 raise
-            words = f"{NATIVE_WORDS[error.name]}: {error.value}"
+            words = NATIVE_WORDS.get(error.name, f"Invalid {error.name} value")
+            words = f"{words}: {error.value}"
             raise kind(f"{words} ({error.name} must be {error.allowed})") from error
 
-    def _program(self, group: Mapping[str, Any]) -> Program:
+    def _traced(self, group: Mapping[str, Any]) -> tuple[Rule, Program]:
         cls, values = self.rule_of(group)
-        return trace(cls.unchecked(**values), self.around)
+        rule = cls.unchecked(**values)
+        return rule, trace(rule, self.around)
 
     @torch._disable_dynamo  # the compiler is to see the rule, and none of this
     def _launch(self, *, compiling: bool) -> list[tuple[plain.Scalars, list[plain.Member]]]:
@@ -201,7 +201,7 @@ class Optimizer(torch.optim.Optimizer):
         plan = None if compiling else self._plan
         if plan is None or not plan.fits(self, programs):
             plan = self._plan = None  # what it keeps alive may go before more is made
-            plan = make_plan(self, programs, compiling=compiling)
+            plan = make_plan(self, rules, programs, compiling=compiling)
         values = [vars(around) | vars(rule) for rule in rules]
         skip: Any = getattr(self, "found_inf", None)  # GradScaler's
         if around.needs_norm:
@@ -250,7 +250,7 @@ class Optimizer(torch.optim.Optimizer):
                 )
             group = {**self.defaults, **theirs, "fused": None}  # it changes nothing but the speed
             self._check(group)
-            slots = self._program(group).slots
+            slots = self._traced(group)[1].slots
             for key, param in zip(theirs["params"], ours["params"], strict=True):
                 state = state_dict["state"].get(key) or {}
                 if any(value is not None for value in state.values()):

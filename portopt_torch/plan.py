@@ -16,8 +16,9 @@ from torch import Tensor
 
 from portopt.kernels import cpu
 from portopt.program import Program
-from portopt.rules import Around
-from portopt.rules.around import AVERAGE
+from portopt.rules import Around, Rule
+from portopt.rules.around import AVERAGE, initial
+from portopt.rules.base import PARAM
 from portopt_torch import cuda
 from portopt_torch.launch import STORAGE, Batch, CudaBatch, gradient, storage
 from portopt_torch.plain import Member, check_dtype, host
@@ -110,11 +111,14 @@ class Plan(NamedTuple):
         return total.sqrt() if self.on_device else math.sqrt(host(total))
 
 
-def make_plan(optimizer: Optimizer, programs: list[Program], *, compiling: bool) -> Plan:
+def make_plan(
+    optimizer: Optimizer, rules: list[Rule], programs: list[Program], *, compiling: bool
+) -> Plan:
     """Give every parameter with a gradient its state, and its way to go.
 
     Args:
         optimizer: The optimizer, whose state gets what it lacks.
+        rules: For each of its groups, the rule.
         programs: For each of its groups, the program.
         compiling: Whether ``torch.compile`` is to see the plain way.
 
@@ -143,7 +147,7 @@ def make_plan(optimizer: Optimizer, programs: list[Program], *, compiling: bool)
             lacking.append("step")
             own["step"] = zero_steps(groups[g], param)
         made += [(param, name) for name in lacking]
-        add_slots(own, slots, param)
+        add_slots(own, rules[g], slots, param)
         member = Member(place, g, param, own, first, way)
         if way != "kernel" or id(param) in alone:
             rest.append(member)
@@ -189,16 +193,23 @@ def zero_steps(group: Mapping[str, Any], param: Tensor) -> Tensor:
     return torch.zeros((), dtype=dtype, device=param.device if beside else "cpu")
 
 
-def add_slots(state: dict[str, Any], slots: tuple[str, ...], param: Tensor) -> None:
+def add_slots(state: dict[str, Any], rule: Rule, slots: tuple[str, ...], param: Tensor) -> None:
     """Give ``state`` the slots that it lacks, and all of them the order of ``param`` in memory."""
     for slot in slots:
         old = state.get(slot)
         if old is None:
-            state[slot] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            if slot == AVERAGE:
-                state[slot].copy_(param.detach())
+            state[slot] = _initial(initial(rule, slot), param)
         elif _strides(old) != _strides(param):  # as a native's may be, which copies the gradient
             state[slot] = torch.empty_like(param, dtype=old.dtype).copy_(old)
+
+
+def _initial(value: Any, param: Tensor) -> Tensor:
+    if value is PARAM:
+        return param.detach().clone(memory_format=torch.preserve_format)
+    number = host(value)
+    if param.is_complex():  # two numbers
+        number = complex(number, number)
+    return torch.full_like(param, number, memory_format=torch.preserve_format)
 
 
 def _way(

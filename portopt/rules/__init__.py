@@ -1,6 +1,9 @@
 """The rules: the arithmetic of each optimizer, once."""
 
+from portopt.rules.adadelta import Adadelta
+from portopt.rules.adagrad import Adagrad
 from portopt.rules.adam import Adam, AdamW
+from portopt.rules.adamax import Adamax
 from portopt.rules.around import Around
 from portopt.rules.base import (
     Decay,
@@ -11,21 +14,34 @@ from portopt.rules.base import (
     Rule,
     Slots,
 )
+from portopt.rules.ftrl import Ftrl
+from portopt.rules.lion import Lion
+from portopt.rules.native import Native
+from portopt.rules.radam import RAdam
 from portopt.rules.rmsprop import RMSprop
+from portopt.rules.rprop import Rprop
 from portopt.rules.sgd import SGD, Momentum
 
 __all__ = [
     "SGD",
+    "Adadelta",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "Around",
     "Decay",
+    "Ftrl",
     "HyperparameterError",
     "HyperparameterTypeError",
     "Interval",
+    "Lion",
     "Momentum",
+    "Native",
     "NonNegative",
+    "RAdam",
     "RMSprop",
+    "Rprop",
     "Rule",
     "Slots",
 ]

@@ -7,6 +7,13 @@ from typing import Any, Literal
 
 from portopt.arrays import Array, Namespace
 from portopt.rules.base import Decay, NonNegative, Rule, Update, ema, mean_square
+from portopt.rules.native import Native
+
+_KERAS = {"eps": 1e-7, "eps_form": "hat", "decoupled": True}
+_KERAS_SLOTS = (
+    {"exp_avg": "momentum", "exp_avg_sq": "velocity"},
+    {"max_exp_avg_sq": "velocity_hat"},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,11 @@ class Adam(Rule):
         (array([0.9]), {'exp_avg': array([1.]), 'exp_avg_sq': array([1.])})
     """
 
+    natives = (
+        Native("torch.optim.Adam"),
+        Native("keras.optimizers.Adam", values=_KERAS, slots=_KERAS_SLOTS),
+    )
+
     lr: NonNegative = 1e-3
     beta1: Decay = 0.9
     beta2: Decay = 0.999
@@ -117,6 +129,13 @@ class AdamW(Adam):
         >>> AdamW().weight_decay, AdamW().decoupled
         (0.01, True)
     """
+
+    natives = (
+        Native("torch.optim.AdamW"),
+        Native(
+            "keras.optimizers.AdamW", values={**_KERAS, "weight_decay": 4e-3}, slots=_KERAS_SLOTS
+        ),
+    )
 
     weight_decay: NonNegative = 1e-2
     decoupled: bool = True

@@ -7,6 +7,7 @@ from typing import Any
 
 from portopt.arrays import Array, Namespace
 from portopt.rules.base import (
+    PARAM,
     Decay,
     HyperparameterError,
     Hyperparameters,
@@ -18,7 +19,12 @@ from portopt.rules.base import (
 )
 
 AVERAGE = "param_ema"
-"""The slot that begins as the parameter; every other one begins as zero."""
+"""The slot of `Around`'s own."""
+
+
+def initial(rule: Rule, slot: str) -> Any:
+    """What a slot, the rule's own or `AVERAGE`, holds before the first step: `Rule.initial`."""
+    return PARAM if slot == AVERAGE else rule.initial(slot)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
+    ClassVar,
     Literal,
     get_args,
     get_origin,
@@ -19,6 +20,7 @@ from typing import (
 )
 
 from portopt.arrays import Array, Namespace
+from portopt.rules.native import Native
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,6 +40,12 @@ class Interval:
         below = value <= high if self.text[-1] == "]" else value < high
         return above and below
 
+
+FIXED = "fixed"
+"""Said of a float, ``Annotated[float, interval, FIXED]``: another value is another formula."""
+
+PARAM = "param"
+"""What `Rule.initial` says of a slot that begins as a copy of its parameter."""
 
 REAL = Interval("(-inf, inf)")
 Real = Annotated[float, REAL]
@@ -90,7 +98,8 @@ class Hyperparameters(abc.ABC):  # noqa: B024 (what derives from it may be abstr
     """A frozen dataclass whose fields are checked, and of two kinds.
 
     A field annotated ``float`` is a scalar, free to change from step to step. Every other field (a
-    bool, a ``Literal``) chooses between formulas, and so does whether a float is zero.
+    bool, a ``Literal``, a float that is `FIXED`) chooses between formulas, and so does whether a
+    float is zero.
 
     Raises:
         HyperparameterError: a `ValueError`: a value out of its range or not among its choices.
@@ -157,6 +166,9 @@ class Rule(Hyperparameters):
         Regularization", algorithm 1, lines 6 and 12. https://arxiv.org/abs/1711.05101
     """
 
+    natives: ClassVar[tuple[Native, ...]] = ()
+    """The frameworks' own optimizers that are this rule."""
+
     lr: NonNegative
     weight_decay: NonNegative = 0.0
     decoupled: bool = False
@@ -164,8 +176,12 @@ class Rule(Hyperparameters):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Names of the arrays kept for each parameter, of its shape and dtype, zero at first."""
+        """Names of the arrays kept for each parameter, of its shape and dtype."""
         return ()
+
+    def initial(self, slot: str) -> Any:
+        """What a slot holds before the first step: one number, or `PARAM` for a copy of that."""
+        return 0.0
 
     @abc.abstractmethod
     def update(self, xp: Namespace, t: int, param: Array, grad: Array, slot: Any) -> Update:
@@ -235,15 +251,16 @@ def _fields(cls: type[Hyperparameters]) -> dict[str, tuple[bool, Check]]:
         if field.name == "params":
             raise TypeError(f"{cls.__name__}: a field cannot be named 'params', as parameters are")
         hint = hints[field.name]
-        intervals: list[Interval] = []
+        notes: list[Any] = []
         if get_origin(hint) is Annotated:
             hint, *notes = get_args(hint)
-            intervals = [note for note in notes if isinstance(note, Interval)]
+        intervals = [note for note in notes if isinstance(note, Interval)]
         inherited = [base for base in bases if field.name in _fields(base)]
         if hint is float and inherited and not intervals:
             table[field.name] = _fields(inherited[0])[field.name]  # with its range
         elif hint is float:
-            table[field.name] = (True, _float_in(intervals[0] if intervals else REAL))
+            is_scalar = FIXED not in notes
+            table[field.name] = (is_scalar, _float_in(intervals[0] if intervals else REAL))
         elif hint is bool:
             table[field.name] = (False, _bool)
         elif get_origin(hint) is Literal:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from portopt.arrays import Array, Namespace
 from portopt.rules.base import Interval, NonNegative, Rule, Update, ema, mean_square
+from portopt.rules.native import Native
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,27 @@ class RMSprop(Rule):
         >>> rule.step(np, 1, np.array([1.0]), np.array([2.0]), slots)
         (array([0.8]), {'square_avg': array([1.])})
     """
+
+    natives = (
+        Native("torch.optim.RMSprop"),
+        Native(
+            "keras.optimizers.RMSprop",
+            values={
+                "lr": 1e-3,
+                "alpha": 0.9,
+                "eps": 1e-7,
+                "eps_form": "inside",
+                "buffer": "velocity",
+                "decoupled": True,
+            },
+            arguments={"rho": "alpha"},
+            slots=(
+                {"square_avg": "velocity"},
+                {"momentum_buffer": "momentum"},
+                {"grad_avg": "average_gradient"},
+            ),
+        ),
+    )
 
     lr: NonNegative = 1e-2
     alpha: Annotated[float, Interval("[0, 1]")] = 0.99

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from portopt.arrays import Array, Namespace
 from portopt.rules.base import HyperparameterError, NonNegative, Real, Rule, Update, ema
+from portopt.rules.native import Native
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,11 @@ class SGD(Rule):
         >>> rule.step(np, 1, np.array([1.0]), np.array([0.5]), {})[0]
         array([0.75])
     """
+
+    natives = (
+        Native("torch.optim.SGD"),
+        Native("keras.optimizers.SGD", values={"decoupled": True}),
+    )
 
     lr: NonNegative = 1e-2
 
@@ -103,6 +109,11 @@ class Momentum(Rule):
         >>> rule.step(np, 2, param, np.array([0.1]), slots)
         (array([0.5]), {'momentum_buffer': array([1.])})
     """
+
+    natives = (
+        Native("torch.optim.SGD"),
+        Native("keras.optimizers.SGD", values={"buffer": "velocity", "decoupled": True}),
+    )
 
     lr: NonNegative = 1e-2
     momentum: NonNegative = 0.9

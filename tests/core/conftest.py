@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import fields, replace
 from itertools import product
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from portopt.rules import SGD, Adam, AdamW, Momentum, RMSprop
+from portopt.rules import HyperparameterError, Momentum, Rule, registry
 
-MOMENTUM = [
-    Momentum(),
-    Momentum(momentum=0.0),
-    Momentum(dampening=0.5),
-    Momentum(nesterov=True),
-    Momentum(buffer="velocity"),
-    Momentum(buffer="velocity", nesterov=True),
-    Momentum(buffer="average"),
-]
-RMSPROP = [
-    RMSprop(eps_form=eps_form, centered=centered, buffer=buffer, momentum=momentum)
-    for eps_form, centered in product(("outside", "inside"), (False, True))
-    for buffer, momentum in (("sum", 0.0), ("sum", 0.9), ("velocity", 0.9))
-]
-ADAM = [
-    cls(eps_form=eps_form, amsgrad=amsgrad)
-    for cls, eps_form, amsgrad in product(
-        (Adam, AdamW), ("outside", "hat", "inside"), (False, True)
-    )
-]
-FORMS = [SGD(), *MOMENTUM, *RMSPROP, *ADAM]
+SHARED = [field.name for field in fields(Rule)]
+
+
+def forms_of(cls):
+    """A rule by every choice among its formulas; its floats that are 0 by default as that, or not.
+
+    With this learning rate the weights move far enough for float32 to show by how much.
+    """
+    choices = {}
+    for name, hint in get_type_hints(cls).items():
+        if name not in SHARED and hint is bool:
+            choices[name] = (False, True)
+        elif get_origin(hint) is Literal:
+            choices[name] = get_args(hint)
+    known = {*SHARED, *choices}
+    zeros = [field.name for field in fields(cls) if field.default == 0 and field.name not in known]
+    for chosen in product(*choices.values(), (0.0, 0.5) if zeros else (0.0,)):
+        values = dict(zip(choices, chosen, strict=False)) | dict.fromkeys(zeros, chosen[-1])
+        with suppress(HyperparameterError):  # options that exclude one another
+            yield cls(lr=0.1, **values)
+
+
+FORMS = [form for cls in registry.own().values() for form in forms_of(cls)]
+FORMS.append(Momentum(lr=0.1, momentum=0.0))
 SURROUNDINGS = [
-    {"weight_decay": weight_decay, "decoupled": decoupled, "maximize": maximize}
-    for weight_decay, decoupled in ((0.0, False), (0.1, False), (0.1, True))
-    for maximize in (False, True)
+    {"weight_decay": 0.0, "decoupled": False, "maximize": False},
+    {"weight_decay": 0.0, "decoupled": False, "maximize": True},
+    {"weight_decay": 0.1, "decoupled": False, "maximize": True},
+    {"weight_decay": 0.1, "decoupled": True, "maximize": False},
 ]
-# With this learning rate the weights move far enough for float32 to show by how much.
-RULES = [replace(form, lr=0.1, **options) for form, options in product(FORMS, SURROUNDINGS)]
+RULES = [replace(form, **options) for form, options in product(FORMS, SURROUNDINGS)]
 
 
 @pytest.fixture(params=RULES, ids=repr)
@@ -51,5 +56,5 @@ def rules():
 
 @pytest.fixture(scope="session")
 def forms():
-    """The rules without weight decay and maximize, where 32 are enough."""
-    return [replace(form, lr=0.1) for form in FORMS]
+    """The rules without weight decay and maximize, where they are enough."""
+    return FORMS

@@ -152,7 +152,7 @@ def test_around_every_rule(rule):
     rng, param = np.random.default_rng(0), weights(67)
     optimizer = Optimizer(rule, [param], around=around)
     expected = {"param": param.copy()}
-    expected |= {slot: np.zeros(67, np.float32) for slot in rule.slots}
+    expected |= {slot: np.full(67, rule.initial(slot), np.float32) for slot in rule.slots}
     expected["param_ema"] = param.copy()
     for t, finite in enumerate((True, True, False), 1):
         grad = awkward(rng, 67, "float32")

@@ -149,7 +149,10 @@ def test_half_types_compute_in_float32_and_round_once(name, rule):
     dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else name)
     param = weights(23).astype(dtype)
     optimizer = Optimizer(rule, [param])
-    expected = {"param": param.copy(), **{s: np.zeros(23, dtype) for s in rule.slots}}
+    expected = {
+        "param": param.copy(),
+        **{s: np.full(23, rule.initial(s), dtype) for s in rule.slots},
+    }
     for t, grad in enumerate(gradients(23, 4), 1):
         grad = grad.astype(dtype)
         optimizer.step([grad])

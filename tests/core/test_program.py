@@ -275,7 +275,10 @@ def read_and_run(text, rule, t, arrays):
 
 def test_what_is_printed_is_what_is_computed(rule):
     program = trace(rule)
-    arrays = {"param": weights(23), **{slot: np.zeros(23, np.float32) for slot in rule.slots}}
+    arrays = {
+        "param": weights(23),
+        **{slot: np.full(23, rule.initial(slot), np.float32) for slot in rule.slots},
+    }
     for t, grad in enumerate(gradients(23, 3), 1):
         arrays["grad"] = grad
         expected = program.run(np, program.scalars(vars(rule), t), arrays)

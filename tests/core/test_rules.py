@@ -52,7 +52,7 @@ CLASSES = [
 def op_by_op(rule, xp, asarray, dtype=np.float32):
     """The final parameter and slots of `STEPS` steps of the rule itself, as NumPy arrays."""
     param = asarray(weights(SIZE, dtype=dtype))
-    slots = {name: asarray(np.zeros(SIZE, dtype)) for name in rule.slots}
+    slots = {name: asarray(np.full(SIZE, rule.initial(name), dtype)) for name in rule.slots}
     for t, grad in enumerate(gradients(SIZE, STEPS, dtype=dtype), 1):
         param, slots = rule.step(xp, t, param, asarray(grad), Slots(slots))
     return {name: np.asarray(array) for name, array in {"param": param, **slots}.items()}
@@ -61,7 +61,7 @@ def op_by_op(rule, xp, asarray, dtype=np.float32):
 def interpreted(rule, dtype):
     program = trace(rule)
     arrays = {"param": weights(SIZE, dtype=dtype)}
-    arrays |= {name: np.zeros(SIZE, dtype) for name in rule.slots}
+    arrays |= {name: np.full(SIZE, rule.initial(name), dtype) for name in rule.slots}
     for t, grad in enumerate(gradients(SIZE, STEPS, dtype=dtype), 1):
         arrays = program.run(np, program.scalars(vars(rule), t), {**arrays, "grad": grad})
     return arrays
@@ -76,11 +76,16 @@ def optimized(rule, dtype):
     return {"param": param, **{name: state[name] for name in rule.slots}}
 
 
-def assert_all_agree(actual, expected, kind):
+def assert_all_agree(actual, expected, kind, where=slice(None)):
     assert list(actual) == list(expected)
     for name, array in expected.items():
-        start = weights(SIZE) if name == "param" else None
-        assert_agree(actual[name], array, kind, start=start, what=name)
+        start = weights(SIZE)[where] if name == "param" else None
+        assert_agree(np.asarray(actual[name])[where], array[where], kind, start=start, what=name)
+
+
+NORMAL = np.arange(SIZE) != 1
+"""Where gradients are not subnormal: XLA and TensorFlow take such for zeros, and lose their signs,
+which is all that some rules ask for."""
 
 
 def test_every_public_rule_is_covered(rules):
@@ -90,8 +95,9 @@ def test_every_public_rule_is_covered(rules):
 def test_every_option_is_covered(rules):
     for cls in CLASSES:
         made = [rule for rule in rules if type(rule) is cls]
-        for name, hint in get_type_hints(cls).items():
-            choices = (False, True) if hint is bool else get_args(hint)
+        hints = get_type_hints(cls)
+        for name in (field.name for field in fields(cls)):
+            choices = (False, True) if hints[name] is bool else get_args(hints[name])
             assert {getattr(rule, name) for rule in made} >= set(choices), (cls, name)
 
 
@@ -119,7 +125,8 @@ def test_every_rule_runs_on_torch(rule):
 def test_every_rule_runs_on_jax(rule):
     jnp = pytest.importorskip("jax.numpy")
     xp = namespace(jnp.ones(1))
-    assert_all_agree(op_by_op(rule, xp, jnp.asarray), op_by_op(rule, np, np.asarray), "float32")
+    actual = op_by_op(rule, xp, jnp.asarray)
+    assert_all_agree(actual, op_by_op(rule, np, np.asarray), "float32", NORMAL)
 
 
 def test_every_form_runs_under_jax_jit(forms):
@@ -130,11 +137,12 @@ def test_every_form_runs_under_jax_jit(forms):
         def step(t, param, grad, slots, rule=rule):
             return rule.step(jax.numpy, t, param, grad, Slots(slots))
 
-        param, slots = weights(SIZE), {name: np.zeros(SIZE, np.float32) for name in rule.slots}
+        param = weights(SIZE)
+        slots = {name: np.full(SIZE, rule.initial(name), np.float32) for name in rule.slots}
         for t, grad in enumerate(gradients(SIZE, STEPS), 1):
             param, slots = step(float(t), param, grad, slots)
         actual = {"param": np.asarray(param), **{name: slots[name] for name in rule.slots}}
-        assert_all_agree(actual, op_by_op(rule, np, np.asarray), "float32")
+        assert_all_agree(actual, op_by_op(rule, np, np.asarray), "float32", NORMAL)
 
 
 TENSORFLOW = """
@@ -168,7 +176,7 @@ def test_every_rule_runs_on_tensorflow(rules):
     )
     assert child.returncode == 0, child.stderr.decode()[-2000:]
     for rule, actual in zip(rules, pickle.loads(child.stdout), strict=True):
-        assert_all_agree(actual, op_by_op(rule, np, np.asarray), "float32")
+        assert_all_agree(actual, op_by_op(rule, np, np.asarray), "float32", NORMAL)
 
 
 # The conventions, each written once more, plainly, in float64. `s` holds the slots.
@@ -431,7 +439,7 @@ def described(kind):
         for field in fields(cls):
             hint, note = hints[field.name], None
             if get_origin(hint) is Annotated:
-                hint, note = get_args(hint)
+                hint, note, *_ = get_args(hint)
             if get_origin(hint) is Literal:
                 hint, note = Literal, get_args(hint)
             if hint is kind:
@@ -474,14 +482,15 @@ def test_an_array_is_no_float():
     assert issubclass(HyperparameterTypeError, TypeError | ValueError)
 
 
-@pytest.mark.parametrize(("cls", "name", "_"), described(float))
-@pytest.mark.parametrize(
-    "value", [0, np.float32(0.25), np.float64(0.5), np.float16(0.5), np.int64(0), Fraction(1, 2)]
-)
-def test_float_fields_become_floats(cls, name, _, value):
-    made = getattr(cls(**{name: value}), name)
-    assert type(made) is float
-    assert made == value
+@pytest.mark.parametrize(("cls", "name", "interval"), described(float))
+@pytest.mark.parametrize("kind", [int, np.float32, np.float64, np.float16, np.int64, Fraction])
+def test_float_fields_become_floats(cls, name, interval, kind):
+    allowed = [kind(v) for v in (-1, 0, 0.5, 2) if v in interval and kind(v) == v]
+    assert allowed or kind in (int, np.int64)
+    for value in allowed:
+        made = getattr(cls(**{name: value}), name)
+        assert type(made) is float
+        assert made == value
 
 
 @pytest.mark.parametrize(("cls", "name", "_"), described(bool))

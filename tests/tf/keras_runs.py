@@ -12,6 +12,7 @@ import support
 from support import assert_agree, gradients, weights
 
 import portopt_tf
+from portopt import parity
 
 CASES = {
     "sgd": ("SGD", {}),
@@ -22,6 +23,11 @@ CASES = {
     "adam": ("Adam", {}),
     "amsgrad": ("Adam", {"amsgrad": True, "beta_1": 0.8, "weight_decay": 0.1}),
     "adamw": ("AdamW", {"epsilon": 1e-5}),
+}
+CASES |= {  # and every other native, as `portopt parity` calls it
+    "-".join([name.lower(), *arguments]).replace("-learning_rate", "", 1): (name, arguments)
+    for name, arguments in (case.keras for case in parity.CASES if case.keras)
+    if name not in {name for name, _ in CASES.values()}
 }
 MODES = ("eager", "function", "xla")
 RUNS = [  # each case eagerly; what differs between them, in the slower ways too
@@ -38,10 +44,9 @@ def twins(name, **kwargs):
     """
     kwargs = {"learning_rate": 0.01, **kwargs}
     cls = getattr(keras.optimizers, name)
-    for key in ("rho", "beta_1", "beta_2", "epsilon", "weight_decay"):
-        default = inspect.signature(cls).parameters.get(key)
-        if key not in kwargs and default is not None and default.default is not None:
-            kwargs[key] = default.default
+    for key, parameter in inspect.signature(cls).parameters.items():
+        if isinstance(parameter.default, float) and key != "ema_momentum":
+            kwargs.setdefault(key, parameter.default)
     kwargs = {k: np.float64(v) if isinstance(v, float) else v for k, v in kwargs.items()}
     return cls(**kwargs), getattr(portopt_tf, name)(**kwargs)
 
@@ -49,7 +54,7 @@ def twins(name, **kwargs):
 def case(label, **kwargs):
     """The twins of an entry of `CASES`."""
     name, own = CASES[label]
-    return twins(name, **own, **kwargs)
+    return twins(name, **{**own, "learning_rate": 0.01, **kwargs})
 
 
 def raw_variables(dtype="float64"):
@@ -62,7 +67,10 @@ def raw_variables(dtype="float64"):
 
 
 def apply_steps(optimizer, variables, steps=6, mode="eager", seed=0, change=None):
-    """Apply seeded gradients; ``change(step)`` is called before each step."""
+    """Apply seeded gradients; ``change(step)`` is called before each step.
+
+    None is subnormal: TensorFlow takes such for zeros.
+    """
     import tensorflow as tf
 
     optimizer.build(variables)
@@ -77,7 +85,8 @@ def apply_steps(optimizer, variables, steps=6, mode="eager", seed=0, change=None
         if change is not None:
             change(step)
         pairs = zip(grads, variables, strict=True)
-        apply([tf.constant(grad, variable.dtype) for grad, variable in pairs])
+        grads = [(np.where(np.abs(g) < np.finfo("float32").tiny, 0, g), v) for g, v in pairs]
+        apply([tf.constant(grad, variable.dtype) for grad, variable in grads])
     return variables
 
 

@@ -52,7 +52,7 @@ def test_compiled_steps_have_numpys_bits(rule, fused):
     shape, program = (41, 25), trace(rule)
     dtypes = (tf.float32,) * len(program.operands)
     step = compiled._step(compiled._Kind(program, dtypes, fused))
-    expected = {name: np.zeros(shape, "float32") for name in program.operands}
+    expected = {slot: np.full(shape, rule.initial(slot), "float32") for slot in program.slots}
     expected["param"] = weights(shape)
     actual = dict(expected)
     for t, grad in enumerate(gradients(shape, 20), 1):

@@ -33,7 +33,7 @@ def test_parameters_and_defaults_are_the_natives(name):
     named = [key for key, p in ours.items() if p.kind is not p.VAR_KEYWORD]
     assert named == list(native)[: len(named)]
     assert {k: ours[k].default for k in named} == {k: native[k].default for k in named}
-    assert set(native) - set(named) - {"kwargs"} == set(SHARED) - {"weight_decay"}
+    assert set(native) - set(named) - {"kwargs"} in ({*SHARED} - {"weight_decay"}, set())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,7 @@
 """What is handed a torch.optim.Optimizer gets from ours what it gets from the native."""
 
 import copy
+import inspect
 import itertools
 import pickle
 import threading
@@ -99,7 +100,7 @@ def test_groups_with_their_own_hyperparameters_and_one_added_later(name, options
     optimizers = []
     for cls in (ours(name), native(name)):
         a, b, c, d = make_params()
-        optimizer = cls([{"params": [a], "lr": 0.2}, {"params": b, "weight_decay": 0.3}], **options)
+        optimizer = cls([{"params": [a], "lr": 0.2}, {"params": b, "weight_decay": 0.5}], **options)
         train(optimizer, [step[:2] for step in GRADS[:3]])
         optimizer.add_param_group({"params": [c, d], "maximize": True})
         optimizers.append(train(optimizer, GRADS[3:]))
@@ -210,9 +211,9 @@ def test_late_missing_and_frozen(name, options):
         optimizer.param_groups[0]["params"][0].requires_grad_(False)
         train(optimizer, late)
     assert_twins_agree(*optimizers)
-    params = optimizers[0].param_groups[0]["params"]
-    assert params[0] not in optimizers[0].state
-    assert torch.equal(params[0], make_params()[0])
+    known = [[p in o.state for p in o.param_groups[0]["params"]] for o in optimizers]
+    assert known[0] == known[1]  # Adagrad's state is there from the beginning
+    assert torch.equal(optimizers[0].param_groups[0]["params"][0], make_params()[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -239,7 +240,7 @@ def test_parameters_that_are_not_contiguous(name, options):
         train(optimizer, make_grads([(5, 3), (2, 3, 4, 5), (3, 3)]))
     mine, theirs = (o.param_groups[0]["params"] for o in optimizers)
     assert_params_agree(mine, theirs, start=strided())
-    if name != "SGD":  # whose buffer is the first gradient's clone, of the gradient's strides
+    if name not in ("SGD", "Rprop"):  # whose native's state has the first gradient's strides
         assert layout(optimizers[0]) == layout(optimizers[1])
     assert mine[1].is_contiguous(memory_format=torch.channels_last)
 
@@ -361,7 +362,8 @@ def test_distance_from_float64_is_no_larger_than_the_natives(name, options, dtyp
             train(optimizer, make_grads(dtype=dtype))
         assert_twins_agree(*optimizers, "float64")
         return
-    options = {**options, "eps": 1e-4} if name != "SGD" else options  # 1e-8 is 0 in float16
+    if "eps" in inspect.signature(native(name)).parameters:
+        options = {**options, "eps": 1e-4}  # 1e-8 is 0 in float16
     shape, steps = (64, 64), 10
     streams = [g for g in gradients(shape, steps) if np.clip(g, -10, 10, out=g) is g]
     grads = [[torch.tensor(g).to(dtype)] for g in streams]
@@ -393,7 +395,7 @@ def test_nan_and_inf_reach_the_same_places(name, options):
         for optimizer, (param,) in zip(optimizers, (mine, theirs), strict=True)
     ]
     assert sorted(finite[0], key=str) == sorted(finite[1], key=str)
-    assert not torch.isfinite(mine[0][0, 0])
+    assert torch.isfinite(mine[0][0, 0]) == (name == "Rprop")  # PyTorch's sign of NaN is 0
 
 
 @pytest.mark.parametrize("name", ["RMSprop", "Adam"])

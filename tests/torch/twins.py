@@ -11,25 +11,13 @@ import torch
 from support import assert_agree, gradients, weights
 
 import portopt_torch
+from portopt import parity
 
 NAMES = ["SGD", "RMSprop", "Adam", "AdamW"]
-OPTIONS = [
-    ("SGD", {}),
-    ("SGD", {"momentum": 0.9}),
-    ("SGD", {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1}),
-    ("SGD", {"momentum": 0.9, "nesterov": True, "maximize": True}),
-    ("RMSprop", {}),
-    ("RMSprop", {"centered": True, "momentum": 0.9, "weight_decay": 0.1}),
-    ("RMSprop", {"maximize": True, "alpha": 0.5}),
-    ("Adam", {}),
-    ("Adam", {"amsgrad": True, "weight_decay": 0.1}),
-    ("Adam", {"decoupled_weight_decay": True, "weight_decay": 0.1, "maximize": True}),
-    ("AdamW", {}),
-    ("AdamW", {"amsgrad": True, "betas": (0.5, 0.9)}),
-]
+CASES = [case.torch for case in parity.CASES if case.torch]
 # Weights of size 1 are rounded by 6e-8 a step: let them move by more than 1e5 of that.
-OPTIONS = [(name, {"lr": 0.05, **options}) for name, options in OPTIONS]
-IDS = [f"{name}-{'-'.join(options)}" for name, options in OPTIONS]
+OPTIONS = [(name, {**arguments, "lr": 0.05}) for name, arguments in CASES]
+IDS = [f"{name}-{'-'.join(sorted({*options} - {'lr'}))}" for name, options in OPTIONS]
 SHAPES = [(3, 5), (), (4,), (0,)]
 
 

@@ -1,0 +1,99 @@
+"""Which rules there are: the project's own, and those that other packages bring."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from portopt import rules
+from portopt.rules.base import Rule
+from portopt.rules.native import Native
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+GROUP = "portopt.rules"
+"""The group of entry points under which a package names its rules."""
+
+
+class PluginError(ImportError):
+    """A package promises a rule and does not keep it: names the entry point and the package."""
+
+
+@cache
+def own() -> dict[str, type[Rule]]:
+    """The project's rules by name."""
+    found = {name: getattr(rules, name) for name in rules.__all__}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, type) and issubclass(value, Rule) and value is not Rule
+    }
+
+
+def plugins() -> dict[str, EntryPoint]:
+    """The entry points of installed packages by name; the first of a name counts."""
+    from importlib.metadata import entry_points  # here, as `import portopt_torch` is to be quick
+
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        found.setdefault(point.name, point)
+    return {name: point for name, point in found.items() if _same(name, own()) is None}
+
+
+def load(point: EntryPoint) -> type[Rule]:
+    """The rule that an entry point names.
+
+    Raises:
+        PluginError: it cannot be imported, or is no rule.
+    """
+    where = f"entry point {point.name!r} ({point.value})"
+    if point.dist is not None:
+        where += f" of package {point.dist.name!r}"
+    try:
+        rule = point.load()
+    except Exception as error:
+        raise PluginError(f"{where} cannot be loaded: {error}") from error
+    if not (isinstance(rule, type) and issubclass(rule, Rule)):
+        raise PluginError(f"{where} must be a subclass of portopt.Rule, is {rule!r}")
+    return rule
+
+
+def find(name: str, framework: str) -> tuple[type[Rule], Native | None]:
+    """The rule of a name, in any case, and the framework's native twin of that rule.
+
+    Args:
+        name: A native's name in ``framework`` ("nadam" in Keras), a rule's, or an entry point's.
+        framework: "torch" or "keras".
+
+    Raises:
+        TypeError: ``name`` is no string.
+        ValueError: there is no such rule; says which there are.
+        PluginError: a package's rule is asked for that cannot be loaded.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {name!r}")
+    natives = {native.title: pair for pair in drop_ins(framework) for native in pair[1:]}
+    title = _same(name, natives)
+    if title is not None:
+        return natives[title]
+    others = plugins()
+    key = _same(name, own()) or _same(name, others)
+    if key is None:
+        known = sorted({*natives, *own(), *others}, key=str.casefold)
+        raise ValueError(f"name must be one of {', '.join(known)}, got {name!r}")
+    return own().get(key) or load(others[key]), None
+
+
+def drop_ins(framework: str) -> list[tuple[type[Rule], Native]]:
+    """Each native of a framework, with its rule."""
+    return [
+        (rule, native)
+        for rule in own().values()
+        for native in vars(rule).get("natives", ())  # not those of a base class
+        if native.framework == framework
+    ]
+
+
+def _same(name: str, known: dict[str, Any]) -> str | None:
+    return next((key for key in known if key.casefold() == name.casefold()), None)
