@@ -14,6 +14,7 @@ from torch import Tensor
 from portopt.kernels import cpu
 from portopt.program import Program
 from portopt_torch import cuda
+from portopt_torch.layout import Layout, array
 from portopt_torch.plain import Member, as_scalar, host
 
 STORAGE = {
@@ -43,56 +44,54 @@ class Batch:
 
     def __init__(self, program: Program, members: list[Member]) -> None:
         self.program = program
-        self.places = [member.place for member in members]
         self.params = [member.param for member in members]
         self.states = [member.state for member in members]
         self.groups = np.array([member.group for member in members])
-        kept = self._kept()
-        self.addresses, self.kept_layout = _addresses(kept), _order(kept)
+        slots = [state[slot] for slot in program.slots for state in self.states]
+        self.kept = array([*self.params, *slots])
+        self.kept_layout = Layout(self.kept, moves=False)
+        self.addresses = self.kept_layout.addresses(self.kept)
         # While these live, nothing else can come to lie at those addresses.
-        self.storages = [tensor.untyped_storage() for tensor in kept]
+        self.storages = [tensor.untyped_storage() for tensor in self.kept]
         grads = [gradient(param) for param in self.params]
-        self.dtype, self.layout = grads[0].dtype, _layout(grads)
+        self.layout = Layout(array(grads), moves=True)
+        self.is_complex = any(map(Tensor.is_complex, grads))
         sizes = [grad.numel() * (1 + grad.is_complex()) for grad in grads]
         columns = np.reshape(self.addresses, (-1, len(members)))
-        table = np.insert(columns, 1, _addresses(grads), axis=0).T
-        slots = [self.states[0][slot] for slot in program.slots]
-        stored = storage([self.params[0], grads[0], *slots])
+        table = np.insert(columns, 1, self.layout.addresses(array(grads)), axis=0).T
+        stored = storage([self.params[0], grads[0], *slots[:: len(members)]])
         self._make_launches(stored, table, sizes)
         self.counting = self.states if "step" in self.states[0] else []
-        self.views: list[Tensor] = []
+        views: list[Tensor] = []
         if self.counting:
             steps = torch.stack([state["step"].reshape(()) for state in self.counting])
             # A half type cannot count beyond 2048, or 256.
             self.steps = steps if steps.dtype.itemsize > 2 else steps.float()
-            self.views += self.steps.unbind()
-            for state, view in zip(self.counting, self.views, strict=True):
+            views += self.steps.unbind()
+            for state, view in zip(self.counting, views, strict=True):
                 state["step"] = view
+        self.names = (*program.slots, *(["step"] if self.counting else []))
+        self.entries = [*slots, *views]
         self.t = np.where([member.first for member in members], 1.0, 2.0)
 
-    def _kept(self) -> list[Tensor]:
-        """All that the launch works on and that stays from step to step."""
-        slots = [state[slot] for slot in self.program.slots for state in self.states]
-        return [*self.params, *slots]
-
-    def fits(self, all_grads: Sequence[Tensor | None]) -> bool:
+    def fits(self) -> bool:
         """Whether all is as it was but the gradients' places, which are noted."""
-        grads: list[Any] = [all_grads[place] for place in self.places]
-        if {*map(type, grads)} != {Tensor} or {grad.dtype for grad in grads} != {self.dtype}:
-            return False
         try:
-            kept = self._kept()
-            if _addresses(kept) != self.addresses or _order(kept) != self.kept_layout:
+            if not np.array_equal(self.kept_layout.addresses(self.kept), self.addresses):
                 return False
-            if not all(map(is_, [state["step"] for state in self.counting], self.views)):
+            entries = [state[name] for name in self.names for state in self.states]
+            if not all(map(is_, entries, self.entries)):
                 return False
-            if _layout(grads) != self.layout or any(map(Tensor.is_neg, grads)):
+            grads: list[Any] = [param.grad for param in self.params]
+            if {*map(type, grads)} != {Tensor} or any(map(Tensor.is_neg, grads)):
                 return False
-            if self.dtype.is_complex and any(map(Tensor.is_conj, grads)):
+            if self.is_complex and any(map(Tensor.is_conj, grads)):
                 return False
-            addresses = _addresses(grads)
-        except (KeyError, TypeError, RuntimeError):
-            return False  # no such slot, or None; a sparse gradient, which has no address
+            addresses = self.layout.addresses(array(grads))
+        except (KeyError, RuntimeError, BufferError):
+            return False  # no such slot; a sparse gradient, which has no address
+        if addresses is None:
+            return False
         self.step.table[:, 1] = addresses
         return True
 
@@ -124,7 +123,9 @@ class Batch:
         Args:
             values: For each group, what `Program.scalars` asks for.
         """
-        t = self.steps.double().numpy() + 1 if self.counting else self.t
+        t = self.t
+        if self.counting:
+            t = np.add(self.steps.numpy(), 1, dtype=np.float64)
         kinds, self.which = _numbered((t * len(values) + self.groups).astype(np.int64))
         pairs = [divmod(kind, len(values)) for kind in kinds]
         numbers = [{name: host(value) for name, value in one.items()} for one in values]
@@ -181,21 +182,6 @@ def _numbered(kinds: Any) -> tuple[list[int], Any]:
         return [int(kinds[0])], np.zeros(len(kinds), np.int64)
     found, which = np.unique(kinds, return_inverse=True)
     return found.tolist(), which
-
-
-def _layout(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """The shapes of tensors, and how they lie in memory."""
-    return [*map(Tensor.size, tensors)], _order(tensors)
-
-
-def _order(tensors: Sequence[Tensor]) -> Any:
-    """In which order tensors lie in memory."""
-    contiguous = all(map(Tensor.is_contiguous, tensors))
-    return contiguous or [*map(Tensor.stride, tensors)]
-
-
-def _addresses(tensors: Sequence[Any]) -> list[int]:
-    return [*map(Tensor.data_ptr, tensors)]
 
 
 def gradient(param: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ class Plan(NamedTuple):
         programs: For each group, its program.
         flags: For each group, the number of its parameters, and what chooses their way.
         params: All parameters.
-        present: For each parameter, whether it has a gradient.
-        states: All states, by their identities: the members keep them alive.
+        idle: Those of them that have no gradient.
+        states: All states.
         batches: The launches.
         rest: Those that do not go through a kernel.
         made: Entries of states that this plan has made.
@@ -44,8 +44,8 @@ class Plan(NamedTuple):
     programs: list[Program]
     flags: list[tuple[Any, ...]]
     params: list[Tensor]
-    present: list[bool]
-    states: list[int]
+    idle: list[Tensor]
+    states: list[dict[str, Any]]
     batches: list[Batch]
     rest: list[Member]
     made: list[tuple[Tensor, str]]
@@ -57,23 +57,22 @@ class Plan(NamedTuple):
             RuntimeError, TypeError: as `make_plan` does.
         """
         groups, state = optimizer.param_groups, optimizer.state
-        params = [param for group in groups for param in group["params"]]
-        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
-            return False
-        grads = [param.grad for param in params]
+        params = itertools.chain.from_iterable(group["params"] for group in groups)
         return (
             all(map(is_, programs, self.programs))
-            and _flags(groups) == self.flags
-            and [grad is not None for grad in grads] == self.present
-            and [*map(id, state.values())] == self.states
+            and _flags(groups) == self.flags  # as many groups and parameters as before
+            and all(batch.fits() for batch in self.batches)  # before anyone else looks at memory
+            and all(map(is_, params, self.params))
+            and all(param.grad is None for param in self.idle)
+            and len(state) == len(self.states)
+            and all(map(is_, state.values(), self.states))
             and all(self._still_rests(optimizer, member) for member in self.rest)
-            and all(batch.fits(grads) for batch in self.batches)
         )
 
     def _still_rests(self, optimizer: Optimizer, member: Member) -> bool:
         slots = self.programs[member.group].slots
         needed = (*slots, "step") if optimizer.keeps_step else slots
-        if any(member.state.get(name) is None for name in needed):
+        if member.param.grad is None or any(member.state.get(name) is None for name in needed):
             return False
         group = optimizer.param_groups[member.group]
         return _way(optimizer, group, slots, member.param) == member.way
@@ -160,8 +159,8 @@ def make_plan(
         programs=programs,
         flags=_flags(groups),
         params=[param for _, param in params],
-        present=[param.grad is not None for _, param in params],
-        states=[*map(id, state.values())],
+        idle=[param for _, param in params if param.grad is None],
+        states=[*state.values()],
         batches=[
             (CudaBatch if device.type == "cuda" else Batch)(program, members)
             for (program, device, *_), members in alike.items()
