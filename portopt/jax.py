@@ -27,10 +27,13 @@ class State(NamedTuple):
     Attributes:
         count: The number of steps made: a 0-d int32 array.
         slots: For each slot of the rule a pytree like the parameters'.
+        numbers: Each number of the rule (`Rule.numbers`), the same for all parameters: a 0-d
+            float32 array.
     """
 
     count: Any
     slots: dict[str, Pytree]
+    numbers: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,10 @@ class Optimizer:
                 return jax.tree.map(jnp.array, params)
             return jax.tree.map(lambda param: jnp.full_like(param, value), params)
 
-        return State(jnp.zeros((), "int32"), {slot: begin(slot) for slot in trace(rule).slots})
+        program = trace(rule)
+        slots = {slot: begin(slot) for slot in program.slots}
+        numbers = {name: jnp.asarray(rule.initial(name), "float32") for name in program.numbers}
+        return State(jnp.zeros((), "int32"), slots, numbers)
 
     def step(self, params: Pytree, state: State, grads: Pytree) -> tuple[Pytree, State]:
         """The new parameters and the new state; changes nothing.
@@ -119,7 +125,7 @@ class Optimizer:
         rule = self._rule(state.count)
         program = trace(rule)
         stored = _stored(program, grads, state, params)
-        scalars = _scalars(program, rule, state.count + 1)
+        scalars, numbers = _scalars(program, rule, state)
 
         def update(*leaves: Any) -> dict[str, Any]:
             old = dict(zip(stored, map(jnp.asarray, leaves), strict=True))
@@ -131,7 +137,7 @@ class Optimizer:
         by_leaf = jax.tree.map(update, *stored.values())
         names = {name: 0 for name, _ in program.outputs}
         new = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure(names), by_leaf)
-        return new.pop("param"), State(state.count + 1, new)
+        return new.pop("param"), State(state.count + 1, new, numbers)
 
     def _rule(self, count: Any) -> Rule:
         """The rule at the learning rate of this step."""
@@ -179,8 +185,10 @@ def gradient_transformation(rule: Rule, lr: LearningRate | None = None) -> Any:
     return optax.GradientTransformation(optimizer.init, update)
 
 
-def _scalars(program: Program, rule: Rule, t: Any) -> dict[str, dict[str, Any]]:
-    """For each compute dtype the program's scalars, formed in float64 and rounded once."""
+def _scalars(
+    program: Program, rule: Rule, state: State
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """For each compute dtype the program's scalars, formed in float64, and the new numbers."""
     import jax
 
     # Before jax.enable_x64 it was jax.experimental.enable_x64.
@@ -191,11 +199,14 @@ def _scalars(program: Program, rule: Rule, t: Any) -> dict[str, dict[str, Any]]:
             return x if isinstance(x, float) else jax.numpy.asarray(x, "float64")
 
         values = {name: double(getattr(rule, name)) for name in program.hyperparameters}
-        scalars = program.scalars(values, double(t), double)
-        return {
+        values |= {name: double(state.numbers[name]) for name in program.numbers}
+        scalars = program.scalars(values, double(state.count + 1), double)
+        by_dtype = {
             dtype: {k: s if isinstance(s, float) else s.astype(dtype) for k, s in scalars.items()}
             for dtype in {compute_dtype(storage) for storage in STORAGE_DTYPES}
         }
+        numbers = {k: jax.numpy.asarray(s, "float32") for k, s in program.kept(scalars).items()}
+        return by_dtype, numbers
 
 
 def _stored(program: Program, grads: Pytree, state: State, params: Pytree) -> dict[str, Pytree]:
@@ -204,19 +215,20 @@ def _stored(program: Program, grads: Pytree, state: State, params: Pytree) -> di
     import jax.numpy as jnp
 
     _check_dtypes(params)
-    if set(state.slots) != set(program.slots):
+    wanted, got = [[*program.slots], [*program.numbers]], [[*state.slots], [*state.numbers]]
+    if [*map(sorted, wanted)] != [*map(sorted, got)]:
         raise ValueError(
-            f"state must have the slots {list(program.slots)} of {program.rule}, "
-            f"got {list(state.slots)}"
+            f"state must have the slots {wanted[0]} and the numbers {wanted[1]} of "
+            f"{program.rule}, got {got[0]} and {got[1]}"
         )
     stored = {"param": params, "grad": grads}
     stored |= {slot: state.slots[slot] for slot in program.slots}
-    wanted: Any = jax.tree.structure(params)
+    structure: Any = jax.tree.structure(params)
     for name, tree in stored.items():
         what = {"param": "params", "grad": "grads"}.get(name, f"state.slots[{name!r}]")
-        got = jax.tree.structure(tree)
-        if wanted != got:
-            raise ValueError(f"{what} must be a pytree like params, {wanted}, got {got}")
+        own = jax.tree.structure(tree)
+        if structure != own:
+            raise ValueError(f"{what} must be a pytree like params, {structure}, got {own}")
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         for (path, leaf), param in zip(leaves, jax.tree.leaves(params), strict=True):
             if jnp.shape(leaf) != jnp.shape(param):

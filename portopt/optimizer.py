@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
@@ -135,14 +136,19 @@ class Optimizer:
         work = []
         for rule, group in zip(rules, self.param_groups, strict=True):
             program = trace(rule, self.around)
-            scalars = cache(partial(program.scalars, values | vars(rule)))  # once for each step
+            fixed, known = values | vars(rule), {}
             for name, param in group["params"].items():
                 if checked[name] is not None:
                     state = _state(self.state.get(name, {}), rule, program, param)
                     state["step"] += 1
+                    own = {number: state[number] for number in program.numbers}
+                    key = (state["step"], *own.values())
+                    if key not in known:  # once for all parameters that share it
+                        known[key] = program.scalars(fixed | own, state["step"])
+                    state |= _rounded(program.kept(known[key]), param)
                     arrays = {"param": param, "grad": checked[name], **state}
                     operands = tuple(arrays[operand] for operand in program.operands)
-                    work.append(_Work(name, program, scalars(state["step"]), operands, state))
+                    work.append(_Work(name, program, known[key], operands, state))
         for item in work:
             self.state[item.name] = item.state
         _run(work)
@@ -184,7 +190,7 @@ class Optimizer:
         for name, entries in state_dict["state"].items():
             if name not in arrays:
                 raise ValueError(f"state[{name!r}] is of no parameter: there are {list(arrays)}")
-            _check_state(name, entries, trace(rule_of[name], self.around).slots, arrays[name])
+            _check_state(name, entries, trace(rule_of[name], self.around), arrays[name])
         self.state = {
             name: {**_copy(entries), "step": int(entries["step"])}
             for name, entries in state_dict["state"].items()
@@ -257,7 +263,15 @@ def _state(
         return np.full_like(param, param if value is PARAM else value, subok=False)
 
     slots = {slot: entries[slot] if slot in entries else begin(slot) for slot in program.slots}
-    return {"step": entries.get("step", 0), **slots}
+    first = {name: rule.initial(name) for name in program.numbers if name not in entries}
+    kept = {name: entries[name] for name in program.numbers if name in entries}
+    return {"step": entries.get("step", 0), **kept, **_rounded(first, param), **slots}
+
+
+def _rounded(numbers: Mapping[str, float], param: NDArray) -> dict[str, float]:
+    """A rule's numbers as frameworks keep them: in float32, if the parameter is no float64."""
+    kind = np.float64 if param.dtype == np.float64 else np.float32
+    return {name: float(kind(value)) for name, value in numbers.items()}
 
 
 def _run(work: list[_Work]) -> None:
@@ -372,16 +386,20 @@ def _check_param(name: Name, array: Any) -> None:
         raise ValueError(f"params[{name!r}] must be writable, got a read-only array")
 
 
-def _check_state(
-    name: Name, entries: Mapping[str, Any], slots: tuple[str, ...], param: NDArray
-) -> None:
+def _check_state(name: Name, entries: Mapping[str, Any], program: Program, param: NDArray) -> None:
+    slots = [*program.numbers, *program.slots]
     if not isinstance(entries, Mapping) or set(entries) != {"step", *slots}:
         got = list(entries) if isinstance(entries, Mapping) else entries
-        raise ValueError(f"state[{name!r}] must have step and the slots {list(slots)}, got {got}")
+        raise ValueError(f"state[{name!r}] must have step and the slots {slots}, got {got}")
     step = entries["step"]
     if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
         raise TypeError(f"state[{name!r}]['step'] must be an int of at least 0, got {step!r}")
-    for slot in slots:
+    for number in program.numbers:
+        if isinstance(entries[number], bool) or not isinstance(entries[number], numbers.Real):
+            raise TypeError(
+                f"state[{name!r}][{number!r}] must be a real number, got {entries[number]!r}"
+            )
+    for slot in program.slots:
         array = entries[slot]
         if not isinstance(array, np.ndarray) or array.dtype.name not in STORAGE_DTYPES:
             raise TypeError(f"state[{name!r}][{slot!r}] must be an array of floats, got {array!r}")

@@ -21,6 +21,7 @@ from portopt import worker
 from portopt.arrays import Namespace
 from portopt.optimizer import Optimizer
 from portopt.rules import (
+    ASGD,
     SGD,
     Adadelta,
     Adagrad,
@@ -30,6 +31,7 @@ from portopt.rules import (
     Ftrl,
     Lion,
     Momentum,
+    NAdam,
     RAdam,
     RMSprop,
     Rprop,
@@ -115,6 +117,8 @@ CASES = (
     *_cases(Adadelta, torch=[{}, DECAY | UP], keras=[{}, DECAY]),
     *_cases(Adamax, torch=[{}, DECAY | UP], keras=[{}, DECAY]),
     *_cases(RAdam, torch=[{}, DECAY | UP, DECAY | {"decoupled_weight_decay": True}]),
+    *_cases(NAdam, torch=[{}, DECAY | UP | {"decoupled_weight_decay": True}], keras=[{}, DECAY]),
+    *_cases(ASGD, torch=[{"t0": 5}, DECAY | UP | {"t0": 5, "lambd": 0.01, "alpha": 0.5}]),
     *_cases(Rprop, torch=[{}, UP | {"etas": (0.4, 1.5)}]),
     *_cases(Lion, keras=[{}, DECAY]),
     *_cases(
@@ -216,9 +220,12 @@ def on_jax(rule: Rule) -> Arrays:
     for name, param in params.items():
         slots = {slot: np.full_like(param, rule.initial(slot)) for slot in program.slots}
         arrays = {"param": param, **slots}
+        numbers = {number: rule.initial(number) for number in program.numbers}
         for t, grad in enumerate(grads, 1):
             slots = {slot: arrays[slot] for slot in program.slots}
-            arrays = compiled(program.scalars(vars(rule), t), arrays["param"], grad[name], slots)
+            scalars = program.scalars(vars(rule) | numbers, t)
+            numbers = program.kept(scalars)
+            arrays = compiled(scalars, arrays["param"], grad[name], slots)
         results[name] = np.asarray(arrays["param"])
         results |= {f"{slot} of {name}": np.asarray(arrays[slot]) for slot in program.slots}
     return results

@@ -87,9 +87,11 @@ class Program:
         hyperparameters: Names of its scalars, and of what stands around it; the step count ``t``
             is one more.
         slots: Names of its slots; with ``param`` and ``grad``, the array inputs.
+        numbers: Names of the scalars that it keeps beside them.
         scalar_part: Instructions on scalars.
         array_part: Instructions on arrays, which may use the scalars.
         outputs: For ``param``, each slot, and ``grad`` if it is written, the name of its new value.
+        number_outputs: The same for each of ``numbers``.
     """
 
     rule: str
@@ -98,6 +100,8 @@ class Program:
     scalar_part: tuple[Instruction, ...]
     array_part: tuple[Instruction, ...]
     outputs: tuple[tuple[str, str], ...]
+    numbers: tuple[str, ...] = ()
+    number_outputs: tuple[tuple[str, str], ...] = ()
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -114,18 +118,21 @@ class Program:
     def scalars(
         self, values: Mapping[str, Any], t: Any, number: Callable[[Any], Any] = float
     ) -> dict[str, Any]:
-        """The scalar part's results: `scalar_names` with their values.
+        """The scalar part's results: `scalar_names` with their values, and the new `numbers`.
+
+        A new number has the name that it has in `number_outputs`: `kept` gives it back its own.
 
         Args:
-            values: The hyperparameters by name: floats, or 0-d arrays of one dtype.
+            values: The hyperparameters and the numbers by name: floats, or 0-d arrays of one
+                dtype.
             t: The number of this step, from 1: an int, or a 0-d array of that dtype.
             number: Makes a scalar, 0 or 1, of a comparison; for 0-d arrays, a cast to that dtype.
 
         Raises:
-            KeyError: a hyperparameter is not in ``values``.
+            KeyError: a hyperparameter or number is not in ``values``.
             ArithmeticError: a scalar is no real number: names the rule and the instruction.
         """
-        env = {name: values[name] for name in self.hyperparameters} | {"t": t}
+        env = {name: values[name] for name in (*self.hyperparameters, *self.numbers)} | {"t": t}
         for name, op, args in self.scalar_part:
             try:
                 value = OPS[op].meaning(None, *_read(env, args))
@@ -135,7 +142,12 @@ class Program:
             except ArithmeticError as error:
                 line = f"{name} = {op}{tuple(_read(env, args))}"
                 raise ArithmeticError(f"{self.rule}, step {t}: {line}: {error}") from error
-        return {name: env[name] for name in self.scalar_names}
+        kept = dict(self.number_outputs).values()
+        return {name: env[name] for name in (*self.scalar_names, *kept)}
+
+    def kept(self, scalars: Mapping[str, Any]) -> dict[str, Any]:
+        """The new value of each of `numbers`, from what `scalars` returned."""
+        return {name: scalars[value] for name, value in self.number_outputs}
 
     def run(
         self, xp: Namespace, scalars: Mapping[str, Any], arrays: Mapping[str, Any]
@@ -175,10 +187,11 @@ class Program:
         Raises:
             ProgramError: it is not so; says where.
         """
-        kinds: dict[str, Kind] = dict.fromkeys(("t", *self.hyperparameters), "scalar")
+        names = (*self.hyperparameters, *self.numbers, *self.slots)
+        scalars = ("t", *self.hyperparameters, *self.numbers)
+        kinds: dict[str, Kind] = dict.fromkeys(scalars, "scalar")
         kinds |= dict.fromkeys(self.operands, "array")
-        if len(kinds) != len(self.hyperparameters) + len(self.slots) + 3:
-            names = (*self.hyperparameters, *self.slots)
+        if len(kinds) != len(names) + 3:
             raise ProgramError(f"{self.rule}: t, param, grad and {names} must be different names")
         for part, is_scalar in ((self.scalar_part, True), (self.array_part, False)):
             for line in part:
@@ -192,6 +205,14 @@ class Program:
         for slot, name in self.outputs:
             if kinds.get(name) != "array":
                 raise ProgramError(f"{self.rule}: the new {slot}, {name}, must be an array")
+        kept = [kinds.get(value) for _, value in self.number_outputs]
+        if kept != ["scalar"] * len(self.numbers) or dict(self.number_outputs).keys() != {
+            *self.numbers
+        }:
+            raise ProgramError(
+                f"{self.rule}: number_outputs must be a scalar for each of {self.numbers}, got "
+                f"{self.number_outputs}"
+            )
 
     def _kind(self, line: Instruction, kinds: dict[str, Kind], is_scalar: bool) -> Kind:
         def fail(why: str) -> ProgramError:
@@ -224,7 +245,8 @@ class Program:
         lines += [f"        {line}" for line in printer.part(self.scalar_part)]
         lines += ["    for every element:"]
         lines += [f"        {line}" for line in printer.part(self.array_part)]
-        outputs = (f"{slot} = {printer.text(name)[0]}" for slot, name in self.outputs)
+        new = (*self.outputs, *self.number_outputs)
+        outputs = (f"{slot} = {printer.text(name)[0]}" for slot, name in new)
         return "\n".join([*lines, f"    new {', '.join(outputs)}"])
 
 
@@ -237,7 +259,8 @@ class _Printer:
     def __init__(self, program: Program) -> None:
         lines = (*program.scalar_part, *program.array_part)
         self.lines = {line.name: line for line in lines}
-        args = [a for line in lines for a in line.args] + [name for _, name in program.outputs]
+        new = (*program.outputs, *program.number_outputs)
+        args = [a for line in lines for a in line.args] + [name for _, name in new]
         hoisted = {line.name for line in program.scalar_part} & set(program.scalar_names)
         self.inline = {
             name

@@ -94,27 +94,30 @@ class _Tracer:
         norm: Any = surroundings.get("grad_norm")
         ours = {name: surroundings.get(name, value) for name, value in vars(self.around).items()}
         self.outer = Around.unchecked(**ours)
-        slots = self.slots((*scalars, *surroundings))
+        slots, numbers = self.slots((*scalars, *surroundings)), self.twin.numbers
         param, grad, *state = (
             Symbol(self, "array", name=name) for name in ("param", "grad", *slots)
         )
-        slot = Slots(dict(zip(slots, state, strict=True)))
-        self.inputs = ("t", "param", "grad", *slots, *scalars, *surroundings)
+        state += [Symbol(self, "scalar", name=name) for name in numbers]
+        slot = Slots(dict(zip((*slots, *numbers), state, strict=True)))
+        self.inputs = ("t", "param", "grad", *slots, *numbers, *scalars, *surroundings)
         try:
             result = self.outer.step(self.twin, functions, t, param, grad, slot, norm)
         except TraceError:
             raise
         except Exception as error:
             raise self.fail(f"cannot be traced: {error}") from error
-        outputs = self.outputs(result, slots)
-        lines = self.name_lines(outputs)
+        outputs, counts = self.outputs(result, slots, numbers)
+        lines = self.name_lines(outputs | counts)
         program = Program(
             rule=cls.__name__,
             hyperparameters=(*scalars, *surroundings),
             slots=slots,
+            numbers=numbers,
             scalar_part=tuple(line.instruction() for line in lines if line.kind == "scalar"),
             array_part=tuple(line.instruction() for line in lines if line.kind != "scalar"),
             outputs=tuple((slot, value.name) for slot, value in outputs.items()),
+            number_outputs=tuple((name, value.name) for name, value in counts.items()),
         )
         program.verify()
         return program
@@ -122,26 +125,34 @@ class _Tracer:
     def slots(self, hyperparameters: tuple[str, ...]) -> tuple[str, ...]:
         slots = (*self.twin.slots, *self.outer.slots)
         reserved = ("t", "param", "grad", "step", *hyperparameters)
-        for place, slot in enumerate(slots):
-            if not slot.isidentifier() or slot in (*reserved, *slots[:place]):
+        names = (*slots, *self.twin.numbers)
+        for place, slot in enumerate(names):
+            if not slot.isidentifier() or slot in (*reserved, *names[:place]):
                 raise self.fail(
                     f"has a slot named {slot!r}: each needs a name of its own, an identifier other "
                     f"than {', '.join(reserved)}"
                 )
         return slots
 
-    def outputs(self, result: Any, slots: tuple[str, ...]) -> dict[str, Symbol]:
+    def outputs(
+        self, result: Any, slots: tuple[str, ...], numbers: tuple[str, ...]
+    ) -> tuple[dict[str, Symbol], dict[str, Symbol]]:
+        """What the arrays become, and what the numbers."""
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
             raise self.fail(f"must return (new_param, new_slots), returned {result!r}")
         written = (*slots, "grad") if self.outer.zero_grad else slots
-        if set(result[1]) != set(written):
-            raise self.fail(f"must return the slots {list(slots)}, returned {list(result[1])}")
+        if set(result[1]) != {*written, *numbers}:
+            kept = [*slots, *numbers]
+            raise self.fail(f"must return the slots {kept}, returned {list(result[1])}")
         outputs = {"param": result[0], **{name: result[1][name] for name in written}}
-        for name, value in outputs.items():
-            if not isinstance(value, Symbol) or value.kind != "array":
-                raise self.fail(f"must return an array for {name}, returned {value!r}")
-        # An input handed on as it is would be overwritten before it is read: make it anew.
-        return {name: value if value.op else value * 1 for name, value in outputs.items()}
+        counts = {name: result[1][name] for name in numbers}
+        for kind, values in (("an array", outputs), ("a scalar", counts)):
+            for name, value in values.items():
+                if not isinstance(value, Symbol) or value.kind not in kind.split():
+                    raise self.fail(f"must return {kind} for {name}, returned {value!r}")
+                if not value.op:  # an input as it is: it would be overwritten before it is read
+                    values[name] = value * 1
+        return outputs, counts
 
     def record(self, op: str, *operands: Any) -> Symbol:
         args = tuple(self.operand(op, value) for value in operands)

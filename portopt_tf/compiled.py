@@ -65,7 +65,8 @@ def update(
         stored: For each parameter its variables and its gradient, by `Program.operands`.
     """
     one = tf.minimum(tf.cast(t, tf.float64), 1.0)  # whose value no compiler knows
-    vector = tf.convert_to_tensor([*scalars.values(), one], tf.float64)
+    values = [scalars[name] for name in program.scalar_names]
+    vector = tf.convert_to_tensor([*values, one], tf.float64)
     small: dict[_Kind, dict[tuple[int, ...], list[Any]]] = defaultdict(lambda: defaultdict(list))
     large: dict[_Kind, list[Any]] = defaultdict(list)
     inside_xla = _is_inside_xla()

@@ -1,6 +1,6 @@
 """The optimizers of ``keras.optimizers``, by the same names, with the same arguments and slots.
 
-They are made from what their rules say of them, by `drop_in`; but for SGD, which is two rules.
+They are made from what their rules say of them, by `drop_in`.
 """
 
 from __future__ import annotations
@@ -19,47 +19,13 @@ from portopt_tf.optimizer import Optimizer
 registered = keras.saving.register_keras_serializable(package="portopt")
 
 
-@registered
-class SGD(Optimizer):
-    """``keras.optimizers.SGD``: the rule `portopt.rules.Momentum`, or `portopt.rules.SGD`.
-
-    The momentum buffer is a velocity, which holds the learning rate. Arguments, after
-    ``weight_decay`` by name, are those of ``keras.optimizers.SGD``.
-    """
-
-    fields: ClassVar = {"momentum": "momentum", "nesterov": "nesterov"}
-    slot_names: ClassVar = ({"momentum_buffer": "momentum"},)
-
-    def __init__(
-        self,
-        learning_rate: Any = 0.01,
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        weight_decay: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not isinstance(momentum, float) or not 0 <= momentum <= 1:
-            raise ValueError(
-                f"`momentum` must be a float between [0, 1]. Received: momentum={momentum!r}"
-            )
-        hyperparameters = {"momentum": momentum, "nesterov": nesterov}
-        super().__init__(learning_rate, hyperparameters, weight_decay=weight_decay, **kwargs)
-
-    def rule_of(self) -> tuple[type[rules.Rule], dict[str, Any]]:
-        decay = {"decoupled": True, "weight_decay": self.weight_decay or 0.0}
-        if self.momentum == 0:
-            return rules.SGD, decay
-        momentum = {"momentum": self.momentum, "nesterov": self.nesterov, "buffer": "velocity"}
-        return rules.Momentum, {**decay, **momentum}
-
-
-CLASSES: dict[str, type[Optimizer]] = {"SGD": SGD}
+CLASSES: dict[str, type[Optimizer]] = {}
 """By its name, the class for every native that the installed Keras has."""
 
 
 def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
-    """The class that stands in for a native, with its arguments and variables; registered."""
-    signature = inspect.signature(getattr(keras.optimizers, native.title))
+    """A class that stands in for a native, with its arguments and variables."""
+    signature = inspect.signature(getattr(keras.optimizers, native.title).__init__)
     known = {field.name for field in fields(rule)}
     targets = {name: native.target(name) for name in signature.parameters}
     own = {name: field for name, field in targets.items() if field in known.difference(SHARED)}
@@ -72,16 +38,16 @@ def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
             f"``{native.name}``: the rule `portopt.rules.{rule.__name__}`.\n\n"
             "Arguments and variables are the native's."
         )
-        __signature__ = signature
         rule_class: ClassVar = rule
         fixed: ClassVar = {name: native.values[name] for name in settled}
         fields: ClassVar = own
         slot_names: ClassVar = native.slots
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            bound = signature.bind(*args, **kwargs)
+            bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
             given = dict(bound.arguments)
+            del given["self"]
             given |= given.pop("kwargs", {})
             if given["weight_decay"] is None and decay is not None:
                 raise ValueError(
@@ -90,9 +56,38 @@ def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
             hyperparameters = {name: given.pop(name) for name in own}
             Optimizer.__init__(self, given.pop("learning_rate"), hyperparameters, **given)
 
+        __init__.__signature__ = signature
+
     DropIn.__name__ = DropIn.__qualname__ = native.title
     DropIn.__module__ = __package__
-    return registered(DropIn)
+    return DropIn
+
+
+@registered
+class SGD(drop_in(rules.Momentum, rules.Momentum.natives[1])):
+    """``keras.optimizers.SGD``: the rule `portopt.rules.Momentum`, or `portopt.rules.SGD`.
+
+    The momentum buffer is a velocity, which holds the learning rate. Arguments and variables are
+    the native's.
+    """
+
+    slot_names: ClassVar = ({"momentum_buffer": "momentum"},)
+
+    def rule_of(self) -> tuple[type[rules.Rule], dict[str, Any]]:
+        rule, values = super().rule_of()
+        if self.momentum:
+            return rule, values
+        return rules.SGD, {name: values[name] for name in ("decoupled", "weight_decay")}
+
+    def _checked(self, learning_rate: Any) -> rules.Rule:
+        if not isinstance(self.momentum, float) or not 0 <= self.momentum <= 1:
+            raise ValueError(
+                f"`momentum` must be a float between [0, 1]. Received: momentum={self.momentum!r}"
+            )
+        return super()._checked(learning_rate)
+
+
+CLASSES["SGD"] = SGD
 
 
 def get(name: str) -> type[Optimizer]:
@@ -118,4 +113,6 @@ def get(name: str) -> type[Optimizer]:
 # Made now and not when asked for: a saved model finds its optimizer among what is registered.
 for _rule, _native in registry.drop_ins("keras"):
     if _native.title not in CLASSES and hasattr(keras.optimizers, _native.title):
-        CLASSES[_native.title] = drop_in(_rule, _native)
+        CLASSES[_native.title] = registered(drop_in(_rule, _native))
+for _rule in registry.own().values():
+    from_rule(_rule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from dataclasses import fields
 from functools import cache
 from typing import Any, ClassVar
@@ -45,6 +46,15 @@ def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
     return _class_of(rule)
 
 
+class _Made(type(Optimizer)):
+    """What the classes are instances of: a class is pickled as the rule that it is made from."""
+
+    made_from: Rule | type[Rule]
+
+
+copyreg.pickle(_Made, lambda made: (from_rule, (made.made_from,)))
+
+
 @cache
 def _class_of(rule: Rule | type[Rule]) -> type[Optimizer]:
     rule_class, defaults = presets(rule)
@@ -52,7 +62,8 @@ def _class_of(rule: Rule | type[Rule]) -> type[Optimizer]:
     own = [name for name in names if name not in SHARED]
     lr, decay = defaults.get("lr"), defaults["weight_decay"] or None
 
-    class FromRule(Optimizer):
+    class FromRule(Optimizer, metaclass=_Made):
+        made_from = rule
         __doc__ = f"`{rule_class.__name__}` as a Keras optimizer.\n\n{rule_class.__doc__}"
         fields: ClassVar = {name: name for name in own}
         fixed: ClassVar = {}

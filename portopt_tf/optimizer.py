@@ -81,6 +81,13 @@ class Optimizer(keras.optimizers.Optimizer):
                 if begin[slot] is PARAM:
                     for own, variable in zip(self._slots[slot], variables, strict=True):
                         own.assign(variable)
+        wide = any(keras.backend.standardize_dtype(v.dtype) == "float64" for v in variables)
+        self._numbers: dict[str, Any] = {
+            name: self.add_variable(
+                (), _initializer(rule.initial(name)), "float64" if wide else "float32", name=name
+            )
+            for name in rule.numbers
+        }
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """One step of the rule for one variable and its slots."""
@@ -101,12 +108,14 @@ class Optimizer(keras.optimizers.Optimizer):
         self, grads: Any, trainable_variables: Any, learning_rate: Any
     ) -> None:
         """On TensorFlow all variables at once; else `update_step` for each."""
+        t = self.iterations + 1
         if not _can_be_compiled(trainable_variables):
             super()._backend_update_step(grads, trainable_variables, learning_rate)
+            if self._numbers:
+                self._keep(*self._traced(True, t, learning_rate))
             return
         from portopt_tf import compiled
 
-        t = self.iterations + 1
         pairs: dict[bool, list[Any]] = {}
         for gradient, variable in zip(grads, trainable_variables, strict=True):
             decays = self._use_weight_decay(variable)
@@ -115,6 +124,12 @@ class Optimizer(keras.optimizers.Optimizer):
         for decays, (program, scalars) in traced.items():
             stored = [self._stored(program, *pair) for pair in pairs[decays]]
             compiled.update(program, scalars, t, stored)
+        self._keep(program, scalars)  # the same with decay and without
+
+    def _keep(self, program: Program, scalars: Mapping[str, Any]) -> None:
+        """Take over the rule's new numbers."""
+        for name, value in program.kept(scalars).items():
+            self.assign(self._numbers[name], ops.cast(value, self._numbers[name].dtype))
 
     def _traced(self, decays: bool, t: Any, learning_rate: Any) -> tuple[Program, dict[str, Any]]:
         """The rule's program, and its scalars at step ``t``."""
@@ -123,7 +138,7 @@ class Optimizer(keras.optimizers.Optimizer):
             values["weight_decay"] = 0.0
         rule = rule_class.unchecked(**values, lr=learning_rate)
         program = trace(rule)
-        return program, _scalars(program, rule, t, learning_rate)
+        return program, _scalars(program, rule, self._numbers, t, learning_rate)
 
     def _stored(self, program: Program, gradient: Any, variable: Any) -> dict[str, Any]:
         """The arrays of a variable's step by `Program.operands`."""
@@ -224,18 +239,22 @@ def _can_be_compiled(variables: list[Any]) -> bool:
     return compiled.is_possible(variables)
 
 
-def _scalars(program: Program, rule: Rule, t: Any, learning_rate: Any) -> dict[str, Any]:
+def _scalars(
+    program: Program, rule: Rule, numbers: Mapping[str, Any], t: Any, learning_rate: Any
+) -> dict[str, Any]:
     """The program's scalars: floats where ``t`` has a value, else 0-d tensors of float64."""
     values = vars(rule)
     if not (_is_symbolic(t) or _is_symbolic(learning_rate)):
-        rate = float(learning_rate + 0)  # a mirrored variable is no number, but its sums are
-        return program.scalars({**values, "lr": rate}, int(t))
+        # A mirrored variable is no number, but its sums are.
+        known = {name: float(x + 0) for name, x in {**numbers, "lr": learning_rate}.items()}
+        return program.scalars({**values, **known}, int(t))
 
     def double(x: Any) -> Any:  # Keras would cast a float by way of float32
         return x if isinstance(x, float) else ops.cast(x, "float64")
 
     with _float64():
-        return program.scalars({**values, "lr": double(learning_rate)}, double(t), double)
+        known = {name: double(x) for name, x in {**numbers, "lr": learning_rate}.items()}
+        return program.scalars({**values, **known}, double(t), double)
 
 
 def _is_symbolic(x: Any) -> bool:

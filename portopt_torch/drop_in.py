@@ -19,7 +19,7 @@ from portopt import rules
 from portopt.rules import registry
 from portopt_torch.from_rule import from_rule
 from portopt_torch.optimizer import Optimizer
-from portopt_torch.plan import add_slots, zero_steps
+from portopt_torch.plan import add_slots, begin_count
 
 Fields = tuple[type[rules.Rule], dict[str, Any]]
 FLAGS = ("amsgrad", "centered", "decoupled_weight_decay", "maximize", "nesterov")
@@ -260,7 +260,9 @@ def get(name: str) -> type[Optimizer]:
 @cache
 def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
     """The class that stands in for a native, with its arguments, groups and ``state_dict``."""
-    signature = inspect.signature(getattr(torch.optim, native.title))
+    signature = inspect.signature(getattr(torch.optim, native.title).__init__)
+    around = inspect.Parameter("around", inspect.Parameter.KEYWORD_ONLY, default=None)
+    signature = signature.replace(parameters=[*signature.parameters.values(), around])
     is_bool = {field.name: field.type == "bool" for field in fields(rule)}
     targets = {name: native.target(name) for name in signature.parameters}
     own = [name for name, target in targets.items() if {target} & {*is_bool} or target != name]
@@ -272,15 +274,19 @@ def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
         )
         may_lack = LATER
 
-        def __init__(self, *args: Any, around: rules.Around | None = None, **kwargs: Any) -> None:
-            bound = signature.bind(*args, **kwargs)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                bound = signature.bind(self, *args, **kwargs)
+            except TypeError as error:  # in the words of a function that is written out
+                raise TypeError(f"{native.title}.__init__() {error}") from None
             bound.apply_defaults()
-            params = bound.arguments.pop("params")
-            super().__init__(params, dict(bound.arguments), around)
+            given = dict(bound.arguments)
+            del given["self"]
+            super().__init__(given.pop("params"), given, given.pop("around"))
             for group in self.param_groups if native.eager else ():
                 rule, program = self._traced(group)
                 for param in group["params"]:
-                    self.state[param]["step"] = zero_steps(group, param)
+                    self.state[param]["step"] = begin_count("step", rule, group, param)
                     add_slots(self.state[param], rule, program.slots, param)
 
         @classmethod
@@ -289,6 +295,7 @@ def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
             flags = {name: _flag(value) for name, value in given.items() if is_bool[name]}
             return rule, {**native.values, **given, **flags}
 
+    DropIn.__init__.__signature__ = signature  # type: ignore[attr-defined]
     DropIn.__name__ = DropIn.__qualname__ = native.title
     DropIn.__module__ = __package__
     return DropIn

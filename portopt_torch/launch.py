@@ -61,18 +61,20 @@ class Batch:
         table = np.insert(columns, 1, self.layout.addresses(array(grads)), axis=0).T
         stored = storage([self.params[0], grads[0], *slots[:: len(members)]])
         self._make_launches(stored, table, sizes)
-        self.counting = self.states if "step" in self.states[0] else []
-        views: list[Tensor] = []
-        if self.counting:
-            steps = torch.stack([state["step"].reshape(()) for state in self.counting])
-            # A half type cannot count beyond 2048, or 256.
-            self.steps = steps if steps.dtype.itemsize > 2 else steps.float()
-            views += self.steps.unbind()
-            for state, view in zip(self.counting, views, strict=True):
-                state["step"] = view
-        self.names = (*program.slots, *(["step"] if self.counting else []))
-        self.entries = [*slots, *views]
+        counting = ["step"] if "step" in self.states[0] else []
+        self.counts = {name: self._side_by_side(name) for name in (*counting, *program.numbers)}
+        self.names = (*program.slots, *self.counts)
+        self.entries = [state[name] for name in self.names for state in self.states]
         self.t = np.where([member.first for member in members], 1.0, 2.0)
+
+    def _side_by_side(self, name: str) -> Tensor:
+        """Join the numbers of that name; each state's own becomes a view."""
+        joined = torch.stack([state[name].reshape(()) for state in self.states])
+        # A half type cannot count beyond 2048, or 256.
+        joined = joined if joined.dtype.itemsize > 2 else joined.float()
+        for state, view in zip(self.states, joined.unbind(), strict=True):
+            state[name] = view
+        return joined
 
     def fits(self) -> bool:
         """Whether all is as it was but the gradients' places, which are noted."""
@@ -98,7 +100,7 @@ class Batch:
     @property
     def on_device(self) -> bool:
         """Whether the steps are counted where the host does not see it."""
-        return bool(self.counting) and self.steps.is_cuda
+        return "step" in self.counts and self.counts["step"].is_cuda
 
     def _make_launches(self, stored: tuple[str, ...], table: Any, sizes: list[int]) -> None:
         self.step = cpu.Step(self.program, stored, table, sizes)
@@ -123,13 +125,16 @@ class Batch:
         Args:
             values: For each group, what `Program.scalars` asks for.
         """
-        t = self.t
-        if self.counting:
-            t = np.add(self.steps.numpy(), 1, dtype=np.float64)
-        kinds, self.which = _numbered((t * len(values) + self.groups).astype(np.int64))
-        pairs = [divmod(kind, len(values)) for kind in kinds]
-        numbers = [{name: host(value) for name, value in one.items()} for one in values]
-        self.scalars = [self.program.scalars(numbers[group], step) for step, group in pairs]
+        counts = {k: joined.numpy().astype(np.float64) for k, joined in self.counts.items()}
+        t = counts.pop("step") + 1 if "step" in counts else self.t
+        kinds, self.which = _numbered([self.groups, t, *counts.values()])
+        hosts = [{name: host(value) for name, value in one.items()} for one in values]
+        self.scalars = [
+            self.program.scalars(
+                {**hosts[int(group)], **dict(zip(counts, numbers, strict=True))}, step
+            )
+            for group, step, *numbers in kinds
+        ]
 
     def run(self, found_inf: Tensor | None = None) -> None:
         """Count the step, and update every parameter and slot.
@@ -137,13 +142,20 @@ class Batch:
         Args:
             found_inf: On the device, where the host has not asked: if it is not 0, nothing changes.
         """
-        if self.counting:
-            self.steps += 1 if found_inf is None else 1 - found_inf
+        if "step" in self.counts:
+            self.counts["step"] += 1 if found_inf is None else 1 - found_inf
+        self._keep(found_inf)
         self.t[:] = 2.0
         self._run(found_inf)
         torch.autograd.graph.increment_version(self.params)
         if "grad" in dict(self.program.outputs):
             torch.autograd.graph.increment_version([gradient(param) for param in self.params])
+
+    def _keep(self, found_inf: Tensor | None) -> None:
+        """Take over the rule's new numbers."""
+        for name, value in self.program.number_outputs:
+            new = np.array([scalars[value] for scalars in self.scalars])[self.which]
+            self.counts[name].copy_(torch.from_numpy(new))
 
     def _run(self, found_inf: Tensor | None) -> None:
         self.step.run(self.scalars, self.which, torch.get_num_threads())
@@ -164,24 +176,39 @@ class CudaBatch(Batch):
         if not self.on_device:
             super().prepare(values)
             return self.step.set(self.scalars, self.which)
+        self.new: list[tuple[slice, dict[str, Tensor]]] = []
         for group in dict.fromkeys(self.groups.tolist()):
             (places,) = np.nonzero(self.groups == group)
             part = slice(int(places[0]), int(places[-1]) + 1)  # groups come one after the other
             numbers = {name: as_scalar(value) for name, value in values[group].items()}
-            t = self.steps[part].double() + 1
-            self.step.set_on_device(part, self.program.scalars(numbers, t, Tensor.double))
+            numbers |= {name: count[part].double() for name, count in self.counts.items()}
+            scalars = self.program.scalars(numbers, numbers["step"] + 1, Tensor.double)
+            self.step.set_on_device(part, scalars)
+            self.new.append((part, self.program.kept(scalars)))
+        return None
+
+    def _keep(self, found_inf: Tensor | None) -> None:
+        if not self.on_device:
+            return super()._keep(found_inf)
+        for part, numbers in self.new:
+            for name, value in numbers.items():
+                own = self.counts[name][part]
+                own.copy_(value if found_inf is None else torch.where(found_inf > 0, own, value))
         return None
 
     def _run(self, found_inf: Tensor | None) -> None:
         self.step.run(found_inf)
 
 
-def _numbered(kinds: Any) -> tuple[list[int], Any]:
-    """The different kinds, and for each place which of them stands there."""
-    if (kinds == kinds[0]).all():  # nearly always, and faster
-        return [int(kinds[0])], np.zeros(len(kinds), np.int64)
-    found, which = np.unique(kinds, return_inverse=True)
-    return found.tolist(), which
+def _numbered(columns: Sequence[Any]) -> tuple[list[list[Any]], Any]:
+    """The different rows of columns, and for each place which of them stands there."""
+    code = np.zeros(len(columns[0]), np.int64)
+    for column in columns:
+        if (column != column[0]).any():  # which is rare, and slower
+            kinds, own = np.unique(column, return_inverse=True)
+            code = code * len(kinds) + own
+    _, first, which = np.unique(code, return_index=True, return_inverse=True)
+    return [[column[place] for column in columns] for place in first], which
 
 
 def gradient(param: Tensor) -> Tensor:

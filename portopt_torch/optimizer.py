@@ -12,7 +12,7 @@ from portopt.program import Program
 from portopt.rules import Around, HyperparameterError, Rule
 from portopt.trace import trace
 from portopt_torch import plain
-from portopt_torch.plan import Plan, add_slots, make_plan, zero_steps
+from portopt_torch.plan import Plan, add_slots, begin_count, make_plan
 
 NATIVE_WORDS = {
     "lr": "Invalid learning rate",
@@ -162,10 +162,12 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+            rule, program = self._traced(group)
             for param in group["params"]:
-                step = self.state.get(param, {}).get("step")
-                if step is not None and not torch.is_tensor(step):
-                    self.state[param]["step"] = zero_steps(group, param).fill_(float(step))
+                own = self.state.get(param, {})
+                for name in ("step", *program.numbers):
+                    if name in own and not torch.is_tensor(own[name]):
+                        own[name] = begin_count(name, rule, group, param).fill_(float(own[name]))
 
     def _check(self, group: Mapping[str, Any]) -> None:
         if group.get("fused"):
@@ -250,13 +252,13 @@ class Optimizer(torch.optim.Optimizer):
                 )
             group = {**self.defaults, **theirs, "fused": None}  # it changes nothing but the speed
             self._check(group)
-            slots = self._traced(group)[1].slots
+            program = self._traced(group)[1]
             for key, param in zip(theirs["params"], ours["params"], strict=True):
                 state = state_dict["state"].get(key) or {}
                 if any(value is not None for value in state.values()):
-                    _check_slots(key, state, slots, param)
-                    if self.keeps_step:
-                        _check_step(key, state)
+                    _check_slots(key, state, program.slots, param)
+                    for name in (*(["step"] if self.keeps_step else []), *program.numbers):
+                        _check_count(name, key, state)
 
     def _restore_dtypes(self, state_dict: Mapping[str, Any]) -> None:
         """Undo the base class's cast of every state tensor to its parameter's dtype.
@@ -292,7 +294,7 @@ def _check_slots(key: Any, state: Mapping[str, Any], slots: tuple[str, ...], par
             )
 
 
-def _check_step(key: Any, state: Mapping[str, Any]) -> None:
-    step = state.get("step")
-    if not isinstance(step, int | float) and not (torch.is_tensor(step) and step.numel() == 1):
-        raise ValueError(f"loaded 'step' of parameter {key} must be a number, got {step!r}")
+def _check_count(name: str, key: Any, state: Mapping[str, Any]) -> None:
+    count = state.get(name)
+    if not isinstance(count, int | float) and not (torch.is_tensor(count) and count.numel() == 1):
+        raise ValueError(f"loaded {name!r} of parameter {key} must be a number, got {count!r}")

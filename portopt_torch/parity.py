@@ -26,7 +26,7 @@ def run(optimizer_class: type[torch.optim.Optimizer], arguments: Any, dtype: str
         f"{slot} of {name}": value.numpy()
         for name, param in params.items()
         for slot, value in optimizer.state[param].items()
-        if slot != "step"
+        if value.ndim
     }
     return {name: param.detach().numpy() for name, param in params.items()} | slots
 

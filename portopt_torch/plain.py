@@ -54,33 +54,42 @@ class Scalars:
 
     def __init__(self, program: Program, values: Mapping[str, Any], on_device: bool) -> None:
         self.program, self.values, self.on_device = program, values, on_device
-        self._known: dict[tuple[Any, torch.dtype], dict[str, Any]] = {}
+        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
 
-    def at(self, t: Any, dtype: torch.dtype) -> dict[str, Any]:
-        """The scalars of step ``t``; what is a tensor has ``dtype``."""
-        if (t, dtype) not in self._known:
+    def at(self, t: Any, numbers: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """The scalars of step ``t`` from the rule's numbers; what is a tensor has ``dtype``."""
+        key = (t, *numbers.values(), dtype)
+        if key not in self._known:
             number = as_scalar if self.on_device or torch.is_grad_enabled() else host
             values = {name: number(self.values[name]) for name in self.program.hyperparameters}
+            values |= {name: number(value) for name, value in numbers.items()}
             scalars = self.program.scalars(values, number(t), as_scalar)
-            self._known[t, dtype] = {
+            self._known[key] = {
                 name: s.to(dtype) if torch.is_tensor(s) else s for name, s in scalars.items()
             }
-        return self._known[t, dtype]
+        return self._known[key]
 
 
 def update(scalars: Scalars, members: Iterable[Member]) -> None:
     """Update parameters of one group, each that may be along with others like it."""
-    alike: dict[Any, list[Member]] = {}
+    alike: dict[Any, tuple[dict[str, Any], list[Member]]] = {}
     for member in members:
         t: Any = 1 if member.first else 2  # all that a rule without a count may ask
+        numbers = {name: member.state[name] for name in scalars.program.numbers}
         if "step" in member.state:
             member.state["step"] += 1
             t = member.state["step"] if scalars.on_device else int(member.state["step"].item())
-        dtype, device = member.param.dtype, member.param.device
-        key = (t, dtype, device) if member.way == "foreach" else (t, dtype, device, member.place)
-        alike.setdefault(key, []).append(member)
-    for (t, dtype, *_), together in alike.items():
-        _update(scalars.program, scalars.at(t, _COMPUTE_DTYPES[dtype]), together)
+        if not scalars.on_device:
+            numbers = {name: host(value) for name, value in numbers.items()}
+        own = scalars.at(t, numbers, _COMPUTE_DTYPES[member.param.dtype])
+        key = (id(own), member.param.dtype, member.param.device)
+        key += () if member.way == "foreach" else (member.place,)
+        alike.setdefault(key, (own, []))[1].append(member)
+    for own, together in alike.values():
+        _update(scalars.program, own, together)
+        for member in together:
+            for name, value in scalars.program.kept(own).items():
+                member.state[name].copy_(torch.as_tensor(value))
 
 
 def _update(program: Program, scalars: Mapping[str, Any], members: Sequence[Member]) -> None:

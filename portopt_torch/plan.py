@@ -70,12 +70,13 @@ class Plan(NamedTuple):
         )
 
     def _still_rests(self, optimizer: Optimizer, member: Member) -> bool:
-        slots = self.programs[member.group].slots
-        needed = (*slots, "step") if optimizer.keeps_step else slots
+        program = self.programs[member.group]
+        counts = ["step"] if optimizer.keeps_step else []
+        needed = (*program.slots, *program.numbers, *counts)
         if member.param.grad is None or any(member.state.get(name) is None for name in needed):
             return False
         group = optimizer.param_groups[member.group]
-        return _way(optimizer, group, slots, member.param) == member.way
+        return _way(optimizer, group, program, member.param) == member.way
 
     def done(self) -> Plan:
         """The plan for the next step."""
@@ -128,7 +129,7 @@ def make_plan(
     groups, state = optimizer.param_groups, optimizer.state
     params = [(g, param) for g, group in enumerate(groups) for param in group["params"]]
     ways = {
-        place: _way(optimizer, groups[g], programs[g].slots, param, compiling=compiling)
+        place: _way(optimizer, groups[g], programs[g], param, compiling=compiling)
         for place, (g, param) in enumerate(params)
         if param.grad is not None
     }
@@ -142,9 +143,11 @@ def make_plan(
         own = state[param] if slots or optimizer.keeps_step else {}
         lacking = [name for name in slots if own.get(name) is None]
         first = {*lacking} >= {*slots} - {AVERAGE}
-        if optimizer.keeps_step and "step" not in own:
-            lacking.append("step")
-            own["step"] = zero_steps(groups[g], param)
+        counts = (*(["step"] if optimizer.keeps_step else []), *programs[g].numbers)
+        for name in counts:
+            if own.get(name) is None:
+                lacking.append(name)
+                own[name] = begin_count(name, rules[g], groups[g], param)
         made += [(param, name) for name in lacking]
         add_slots(own, rules[g], slots, param)
         member = Member(place, g, param, own, first, way)
@@ -152,8 +155,8 @@ def make_plan(
             rest.append(member)
             continue
         stored = [param, gradient(param), *(own[slot] for slot in slots)]
-        counted = [own["step"]] if optimizer.keeps_step else []
-        kind = [param.device, *((step.device, step.dtype) for step in counted), storage(stored)]
+        places = [(own[name].device, own[name].dtype) for name in counts]
+        kind = [param.device, *places, storage(stored)]
         alike.setdefault((programs[g], *kind), []).append(member)
     return Plan(
         programs=programs,
@@ -185,11 +188,12 @@ def _overlapping(params: Sequence[Tensor]) -> set[int]:
     return found
 
 
-def zero_steps(group: Mapping[str, Any], param: Tensor) -> Tensor:
-    """A count of steps as ``torch.optim`` keeps it."""
+def begin_count(name: str, rule: Rule, group: Mapping[str, Any], param: Tensor) -> Tensor:
+    """The "step", or one of a rule's numbers, before the first step, as ``torch.optim`` has it."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     beside = group.get("capturable") or group.get("fused")
-    return torch.zeros((), dtype=dtype, device=param.device if beside else "cpu")
+    value = 0.0 if name == "step" else host(rule.initial(name))
+    return torch.full((), value, dtype=dtype, device=param.device if beside else "cpu")
 
 
 def add_slots(state: dict[str, Any], rule: Rule, slots: tuple[str, ...], param: Tensor) -> None:
@@ -214,7 +218,7 @@ def _initial(value: Any, param: Tensor) -> Tensor:
 def _way(
     optimizer: Optimizer,
     group: Mapping[str, Any],
-    slots: tuple[str, ...],
+    program: Program,
     param: Tensor,
     *,
     compiling: bool = False,
@@ -224,7 +228,7 @@ def _way(
     if grad.is_sparse:
         raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
     check_dtype(param.dtype)
-    kept = {slot: state[slot] for slot in slots if state.get(slot) is not None}
+    kept = {slot: state[slot] for slot in program.slots if state.get(slot) is not None}
     for slot, value in kept.items():
         if value.shape != param.shape:
             raise RuntimeError(
@@ -240,7 +244,8 @@ def _way(
     if fused is False:
         return other
     in_order = [value for value in kept.values() if _strides(value) == _strides(param)]
-    why = _refusal([param, grad, *in_order], state.get("step"))  # the others will be
+    counts = [state[name] for name in ("step", *program.numbers) if state.get(name) is not None]
+    why = _refusal([param, grad, *in_order], counts)  # the others will be
     if why is None:
         return "kernel"
     if fused:
@@ -255,17 +260,18 @@ def _strides(tensor: Tensor) -> list[int]:
     return [stride for stride, size in pairs if size > 1] if tensor.numel() else []
 
 
-def _refusal(tensors: Sequence[Tensor], step: Tensor | None) -> str | None:
+def _refusal(tensors: Sequence[Tensor], counts: Sequence[Tensor]) -> str | None:
     """Why the operands of one parameter cannot go through a kernel; None if they can.
 
     Args:
         tensors: The parameter, its gradient and its slots.
-        step: Its number of steps, if there is one.
+        counts: Its number of steps and the rule's numbers, as far as they are there.
     """
     param = tensors[0]
     places = (param.device, torch.device("cpu"))
-    if step is not None and not (step.is_floating_point() and step.device in places):
-        return f"a number of steps is a {step.dtype} on device {step.device}"
+    for count in counts:
+        if not (count.is_floating_point() and count.device in places):
+            return f"a number of steps is a {count.dtype} on device {count.device}"
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
             return f"a tensor is a {type(tensor).__name__} of layout {tensor.layout}"

@@ -5,6 +5,7 @@ from portopt.rules.adagrad import Adagrad
 from portopt.rules.adam import Adam, AdamW
 from portopt.rules.adamax import Adamax
 from portopt.rules.around import Around
+from portopt.rules.asgd import ASGD
 from portopt.rules.base import (
     Decay,
     HyperparameterError,
@@ -16,6 +17,7 @@ from portopt.rules.base import (
 )
 from portopt.rules.ftrl import Ftrl
 from portopt.rules.lion import Lion
+from portopt.rules.nadam import NAdam
 from portopt.rules.native import Native
 from portopt.rules.radam import RAdam
 from portopt.rules.rmsprop import RMSprop
@@ -23,6 +25,7 @@ from portopt.rules.rprop import Rprop
 from portopt.rules.sgd import SGD, Momentum
 
 __all__ = [
+    "ASGD",
     "SGD",
     "Adadelta",
     "Adagrad",
@@ -37,6 +40,7 @@ __all__ = [
     "Interval",
     "Lion",
     "Momentum",
+    "NAdam",
     "Native",
     "NonNegative",
     "RAdam",

@@ -179,20 +179,25 @@ class Rule(Hyperparameters):
         """Names of the arrays kept for each parameter, of its shape and dtype."""
         return ()
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Names of the scalars kept for each parameter, beside the slots: made of scalars alone."""
+        return ()
+
     def initial(self, slot: str) -> Any:
-        """What a slot holds before the first step: one number, or `PARAM` for a copy of that."""
+        """What a slot or number is before the first step: one value, or `PARAM` for a copy."""
         return 0.0
 
     @abc.abstractmethod
     def update(self, xp: Namespace, t: int, param: Array, grad: Array, slot: Any) -> Update:
-        """The new parameter and the new slots; changes nothing and asks for no framework.
+        """The new parameter, slots and numbers; changes nothing and asks for no framework.
 
         Args:
             xp: The arrays' namespace; the functions in `portopt.arrays.FUNCTIONS`.
             t: The number of this step, from 1: a scalar.
             param: The parameter.
             grad: Its gradient, of the same shape and dtype.
-            slot: The slots, as attributes.
+            slot: The slots and numbers, as attributes.
         """
 
     def step(self, xp: Namespace, t: int, param: Array, grad: Array, slot: Any) -> Update:

@@ -6,12 +6,11 @@ import copy
 import itertools
 import math
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from bits import assert_bits, awkward
-from support import assert_agree, gradients, weights
+from support import assert_agree, gradients, rounded, weights
 from test_program import read_and_run
 
 from portopt import Around, Optimizer, Rule, TraceError, trace
@@ -154,6 +153,7 @@ def test_around_every_rule(rule):
     expected = {"param": param.copy()}
     expected |= {slot: np.full(67, rule.initial(slot), np.float32) for slot in rule.slots}
     expected["param_ema"] = param.copy()
+    expected |= rounded({name: rule.initial(name) for name in rule.numbers})
     for t, finite in enumerate((True, True, False), 1):
         grad = awkward(rng, 67, "float32")
         if finite:
@@ -164,6 +164,7 @@ def test_around_every_rule(rule):
             slots = Slots(expected)
             new, slots = around.step(rule, np, t, expected["param"], grad.copy(), slots, norm)
         expected = {"param": new, **slots}
+        expected |= rounded({name: slots[name] for name in rule.numbers})
         optimizer.step([grad])
         actual = {"param": param, "grad": grad, **optimizer.state[0]}
         for name, array in expected.items():
@@ -179,7 +180,7 @@ def test_what_is_printed_is_what_is_computed(around):
     arrays = {name: weights(23, seed) ** 2 for seed, name in enumerate(names)}
     for t in (1, 2):
         expected = program.run(np, program.scalars(values, t), arrays)
-        actual = read_and_run(str(program), SimpleNamespace(**values), t, arrays)
+        actual = read_and_run(str(program), values, t, arrays)
         assert list(actual) == list(expected)
         for name, array in expected.items():
             assert_bits(np.broadcast_to(actual[name], 23), array, name)

@@ -13,6 +13,7 @@ from bits import assert_bits, awkward, dtype_of, specials
 from children import child
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import numbered
 
 from portopt import Rule, trace
 from portopt.arrays import STORAGE_DTYPES, compute_dtype
@@ -68,8 +69,9 @@ def by_numpy(rule, t):
     """`Rule.step` on NumPy arrays."""
 
     def step(arrays):
-        param, slots = rule.step(np, t, arrays["param"], arrays["grad"], Slots(arrays))
-        return {"param": param, **slots}
+        slots = Slots(numbered(rule) | arrays)
+        param, slots = rule.step(np, t, arrays["param"], arrays["grad"], slots)
+        return {"param": param, **{name: slots[name] for name in rule.slots}}
 
     return step
 
@@ -91,7 +93,7 @@ def check_rule(rule, storage, seed):
     which = [0, 2, 1, 0, 1]
     sizes = (1, 15, 16, 113, 40)
     tensors = [Tensor(rng, program.operands, storage, size) for size in sizes]
-    scalars = [program.scalars(vars(rule), t) for rule, t in kinds]
+    scalars = [program.scalars(numbered(rule), t) for rule, t in kinds]
     launch(program, storage, tensors, scalars, which, threads=3)
     for tensor, kind in zip(tensors, which, strict=True):
         tensor.check(by_numpy(*kinds[kind]))
@@ -137,7 +139,7 @@ def test_any_cut_into_spans_by_any_threads(rules, data):
     t = draw(st.integers(1, 10**6), "t")
     rng = np.random.default_rng(draw(st.integers(0, 2**32), "seed"))
     tensors = [Tensor(rng, program.operands, storage, size) for size in sizes]
-    scalars = [program.scalars(vars(rule), t)]
+    scalars = [program.scalars(numbered(rule), t)]
     launch(program, storage, tensors, scalars, [0] * len(sizes), draw(st.integers(1, 4)), spans)
     for tensor in tensors:
         tensor.check(lambda arrays: program.run(np, scalars[0], arrays))
@@ -378,7 +380,7 @@ def test_a_new_lr_step_or_shape_compiles_nothing(monkeypatch):
         program = trace(rule)
         step = cpu.Step(program, ("float32",) * 4, [[0] * 4] * len(sizes), sizes)
         for t in (1, 2, 100):
-            step.run([program.scalars(vars(rule), t)], [0] * len(sizes), 2)
+            step.run([program.scalars(numbered(rule), t)], [0] * len(sizes), 2)
     assert len(asked) == 2 and len(set(asked)) == 1
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support import assert_agree, gradients, weights
+from support import assert_agree, gradients, numbered, weights
 
 from portopt import trace
 from portopt.program import OPS, SCALAR_OPS, Instruction, Program, ProgramError
@@ -165,7 +165,9 @@ def test_nothing_of_scalars_alone_is_left_in_the_array_part(rule):
     for part in (program.scalar_part, program.array_part):
         assert len({(line.op, line.args) for line in part}) == len(part)
     lines = (*program.scalar_part, *program.array_part)
-    used = {arg for line in lines for arg in line.args} | {name for _, name in program.outputs}
+    used = {arg for line in lines for arg in line.args} | {
+        name for _, name in (*program.outputs, *program.number_outputs)
+    }
     assert {line.name for line in lines} <= used
 
 
@@ -262,9 +264,9 @@ def test_brackets(lines, text):
 FUNCTIONS = {name: getattr(np, name) for name, op in OPS.items() if op.binding == 9}
 
 
-def read_and_run(text, rule, t, arrays):
+def read_and_run(text, values, t, arrays):
     """Runs a printed program as the Python that it looks like."""
-    env = {**FUNCTIONS, "inf": np.inf, **vars(rule), "t": t, **arrays}
+    env = {**FUNCTIONS, "inf": np.inf, **values, "t": t, **arrays}
     *lines, last = text.splitlines()[1:]
     for line in lines:
         if " = " in line:
@@ -279,11 +281,15 @@ def test_what_is_printed_is_what_is_computed(rule):
         "param": weights(23),
         **{slot: np.full(23, rule.initial(slot), np.float32) for slot in rule.slots},
     }
+    values = numbered(rule)
     for t, grad in enumerate(gradients(23, 3), 1):
         arrays["grad"] = grad
-        expected = program.run(np, program.scalars(vars(rule), t), arrays)
-        actual = read_and_run(str(program), rule, t, arrays)
+        scalars = program.scalars(values, t)
+        expected = program.run(np, scalars, arrays)
+        actual = read_and_run(str(program), values, t, arrays)
+        numbers = {name: actual.pop(name) for name in program.numbers}
+        assert numbers == program.kept(scalars)
         assert list(actual) == list(expected)
         for name, array in expected.items():
             assert_agree(actual[name], array, "same", what=name)
-        arrays = expected
+        arrays, values = expected, values | numbers

@@ -25,7 +25,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
-from support import assert_agree, gradients, weights
+from support import assert_agree, gradients, numbered, rounded, weights
 
 import portopt
 from portopt import Optimizer, Rule, trace
@@ -53,17 +53,23 @@ def op_by_op(rule, xp, asarray, dtype=np.float32):
     """The final parameter and slots of `STEPS` steps of the rule itself, as NumPy arrays."""
     param = asarray(weights(SIZE, dtype=dtype))
     slots = {name: asarray(np.full(SIZE, rule.initial(name), dtype)) for name in rule.slots}
+    slots |= rounded({name: rule.initial(name) for name in rule.numbers}, dtype)
     for t, grad in enumerate(gradients(SIZE, STEPS, dtype=dtype), 1):
         param, slots = rule.step(xp, t, param, asarray(grad), Slots(slots))
-    return {name: np.asarray(array) for name, array in {"param": param, **slots}.items()}
+        slots |= rounded({name: slots[name] for name in rule.numbers}, dtype)
+    kept = {"param": param, **{name: slots[name] for name in rule.slots}}
+    return {name: np.asarray(array) for name, array in kept.items()}
 
 
 def interpreted(rule, dtype):
     program = trace(rule)
     arrays = {"param": weights(SIZE, dtype=dtype)}
     arrays |= {name: np.full(SIZE, rule.initial(name), dtype) for name in rule.slots}
+    values = numbered(rule, dtype)
     for t, grad in enumerate(gradients(SIZE, STEPS, dtype=dtype), 1):
-        arrays = program.run(np, program.scalars(vars(rule), t), {**arrays, "grad": grad})
+        scalars = program.scalars(values, t)
+        values |= rounded(program.kept(scalars), dtype)
+        arrays = program.run(np, scalars, {**arrays, "grad": grad})
     return arrays
 
 
@@ -139,6 +145,7 @@ def test_every_form_runs_under_jax_jit(forms):
 
         param = weights(SIZE)
         slots = {name: np.full(SIZE, rule.initial(name), np.float32) for name in rule.slots}
+        slots |= {name: rule.initial(name) for name in rule.numbers}
         for t, grad in enumerate(gradients(SIZE, STEPS), 1):
             param, slots = step(float(t), param, grad, slots)
         actual = {"param": np.asarray(param), **{name: slots[name] for name in rule.slots}}
@@ -642,7 +649,7 @@ def test_docstrings_say_what_the_fields_say(cls):
 @pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls is not AdamW])
 def test_docstrings_say_state_and_cost(cls, rules):
     made = [rule for rule in rules if type(rule) is cls]
-    slots = {slot for rule in made for slot in rule.slots}
+    slots = {slot for rule in made for slot in (*rule.slots, *rule.numbers)}
     assert set(re.findall(r"(?m)^    (\w+): ", section(cls, "State"))) == slots
     if not slots:
         assert section(cls, "State").startswith("State: none.")

@@ -51,3 +51,13 @@ def assert_agree(actual, expected, kind, *, start=None, what="values"):
         raise AssertionError(
             f"{what}: difference {difference:.3g} is more than {TOLERANCE[kind]:g} of {scale:.3g}"
         )
+
+
+def rounded(numbers, dtype=np.float32):
+    """A rule's numbers as they are kept beside parameters of a dtype."""
+    return {name: float(np.dtype(dtype).type(value)) for name, value in numbers.items()}
+
+
+def numbered(rule, dtype=np.float32):
+    """What `Program.scalars` asks for before the first step: hyperparameters, and numbers."""
+    return vars(rule) | rounded({name: rule.initial(name) for name in rule.numbers}, dtype)
