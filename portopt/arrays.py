@@ -1,15 +1,16 @@
 """The array protocol: what a rule may ask of an array and of its namespace.
 
 It is the part of the `Python array API standard <https://data-apis.org/array-api/2024.12/>`_ that
-elementwise arithmetic needs, so that NumPy, PyTorch, JAX, CuPy and ``array_api_strict`` arrays
-keep it as they are, and ``keras.ops`` is a namespace for whatever Keras runs on.
+elementwise arithmetic needs, and the sum of all elements, so that NumPy, PyTorch, JAX, CuPy and
+``array_api_strict`` arrays keep it as they are, and ``keras.ops`` is a namespace for whatever Keras
+runs on.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol, TypeAlias, cast
 
-FUNCTIONS = ("abs", "exp", "log", "maximum", "minimum", "sign", "sqrt", "where")
+FUNCTIONS = ("abs", "exp", "log", "maximum", "minimum", "sign", "sqrt", "sum", "where")
 """The functions of a namespace that a rule may call, besides the operators of an array."""
 
 STORAGE_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -50,6 +51,7 @@ class Namespace(Protocol):
     def minimum(self, x1: Operand, x2: Operand, /) -> Array: ...
     def sign(self, x: Array, /) -> Array: ...
     def sqrt(self, x: Array, /) -> Array: ...
+    def sum(self, x: Array, /) -> Array: ...
     def where(self, condition: Array, x1: Operand, x2: Operand, /) -> Array: ...
 
 

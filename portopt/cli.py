@@ -7,13 +7,14 @@ import itertools
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from portopt import __version__, bench, demo, parity, plots, worker
-from portopt.rules import Rule
+from portopt.rules import Rule, registry
 
 NAMES = {"torch": "PyTorch", "keras": "Keras"}
 
@@ -43,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--json", type=_output, metavar="FILE", help="write everything as JSON")
     command.set_defaults(run=_demo)
+
+    command = commands.add_parser("rules", help="the rules that are installed")
+    command.add_argument("--json", type=_output, metavar="FILE", help="write the list as JSON")
+    command.set_defaults(run=_rules)
 
     command = commands.add_parser("parity", help="distance of every rule from float64")
     command.add_argument("--json", type=_output, metavar="FILE", help="write the table as JSON")
@@ -180,6 +185,43 @@ def _demo(arguments: argparse.Namespace) -> int:
     except (ModuleNotFoundError, OSError) as error:
         print(f"\nNo picture: {error}")
     return _verdict([d.passed for d in found], failures)
+
+
+def _rules(arguments: argparse.Namespace) -> int:
+    own = sorted(registry.own().items(), key=lambda pair: pair[0].casefold())
+    entries = [registry.entry(name, rule) for name, rule in own]
+    status = 0
+    for name, point in registry.plugins().items():
+        package = point.dist.name if point.dist else point.value
+        try:
+            entries.append(registry.entry(name, registry.load(point), package))
+        except registry.PluginError as error:
+            print(f"portopt: {error}", file=sys.stderr)
+            status = 2
+    for entry in entries:
+        least, most = entry.bytes_per_parameter
+        size = f"{least} bytes of state for a float32 parameter"
+        size += f", {most} with every option" if most > least else ""
+        origin = "" if entry.package == "portopt" else f", from {entry.package}"
+        print(f"{entry.name}: {size}{origin}")
+        options = (k if v is None else f"{k}={v!r}" for k, v in entry.options.items())
+        for title, values in {
+            "options": options,
+            "slots": (*entry.slots, *(f"{slot} (an option's)" for slot in entry.further_slots)),
+            "numbers": entry.numbers,
+            "natives": entry.natives,
+        }.items():
+            text = ", ".join(values)
+            if text:
+                indent = " " * 10
+                print(
+                    textwrap.fill(
+                        text, 100, initial_indent=f"  {title:8}", subsequent_indent=indent
+                    )
+                )
+    listed = [asdict(e) | {"bytes_per_parameter": e.bytes_per_parameter} for e in entries]
+    _write(listed, arguments.json)
+    return status
 
 
 def _parity(arguments: argparse.Namespace) -> int:

@@ -280,7 +280,7 @@ def _run(work: list[_Work]) -> None:
 
     alike: dict[tuple[Program, tuple[str, ...]], list[_Work]] = {}
     for item in work:
-        if _takes(item.operands):
+        if item.program.elementwise and _takes(item.operands):
             storage = tuple(array.dtype.name for array in item.operands)
             alike.setdefault((item.program, storage), []).append(item)
         else:

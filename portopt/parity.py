@@ -29,6 +29,7 @@ from portopt.rules import (
     Adamax,
     AdamW,
     Ftrl,
+    Lamb,
     Lion,
     Momentum,
     NAdam,
@@ -120,6 +121,7 @@ CASES = (
     *_cases(NAdam, torch=[{}, DECAY | UP | {"decoupled_weight_decay": True}], keras=[{}, DECAY]),
     *_cases(ASGD, torch=[{"t0": 5}, DECAY | UP | {"t0": 5, "lambd": 0.01, "alpha": 0.5}]),
     *_cases(Rprop, torch=[{}, UP | {"etas": (0.4, 1.5)}]),
+    *_cases(Lamb, keras=[{}, DECAY]),
     *_cases(Lion, keras=[{}, DECAY]),
     *_cases(
         Ftrl,

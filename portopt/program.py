@@ -46,14 +46,17 @@ OPS: dict[str, Op] = {
     "log": Op(lambda xp, a: xp.log(a), 1, "log", 9),
     "sign": Op(lambda xp, a: xp.sign(a), 1, "sign", 9),
     "sqrt": Op(lambda xp, a: xp.sqrt(a), 1, "sqrt", 9),
+    "sum": Op(lambda xp, a: xp.sum(a), 1, "sum", 9),
     "maximum": Op(lambda xp, a, b: xp.maximum(a, b), 2, "maximum", 9),
     "minimum": Op(lambda xp, a, b: xp.minimum(a, b), 2, "minimum", 9),
     "where": Op(lambda xp, mask, a, b: xp.where(mask, a, b), 3, "where", 9),
 }
 SCALAR_OPS = ("add", "sub", "mul", "div", "neg", "pow", "abs", "less")
 """The operations that the scalar part may use: operators of Python floats and of 0-d arrays."""
-ARRAY_OPS = tuple(op for op in OPS if op != "pow")
-"""The operations that the array part may use: those that a printer of kernels has to know."""
+REDUCTIONS = ("sum",)
+"""The operations that look at all elements of a parameter; their result is a 0-d array."""
+ARRAY_OPS = tuple(op for op in OPS if op not in ("pow", *REDUCTIONS))
+"""The operations on each element by itself: those that a printer of kernels has to know."""
 
 Operand: TypeAlias = "str | float"
 Kind: TypeAlias = str  # "scalar", "array" or "mask" (an array of truth values)
@@ -107,6 +110,11 @@ class Program:
     def operands(self) -> tuple[str, ...]:
         """The arrays that the program reads, and writes as far as they are outputs."""
         return ("param", "grad", *self.slots)
+
+    @cached_property
+    def elementwise(self) -> bool:
+        """Whether each element is updated by itself, as kernels do."""
+        return not any(line.op in REDUCTIONS for line in self.array_part)
 
     @cached_property
     def scalar_names(self) -> tuple[str, ...]:

@@ -109,7 +109,9 @@ class Optimizer(keras.optimizers.Optimizer):
     ) -> None:
         """On TensorFlow all variables at once; else `update_step` for each."""
         t = self.iterations + 1
-        if not _can_be_compiled(trainable_variables):
+        rule_class, values = self.rule_of()
+        elementwise = trace(rule_class.unchecked(**values, lr=learning_rate)).elementwise
+        if not (elementwise and _can_be_compiled(trainable_variables)):
             super()._backend_update_step(grads, trainable_variables, learning_rate)
             if self._numbers:
                 self._keep(*self._traced(True, t, learning_rate))
@@ -129,7 +131,8 @@ class Optimizer(keras.optimizers.Optimizer):
     def _keep(self, program: Program, scalars: Mapping[str, Any]) -> None:
         """Take over the rule's new numbers."""
         for name, value in program.kept(scalars).items():
-            self.assign(self._numbers[name], ops.cast(value, self._numbers[name].dtype))
+            exact = np.float64(value) if isinstance(value, float) else value  # not by way of float32
+            self.assign(self._numbers[name], ops.cast(exact, self._numbers[name].dtype))
 
     def _traced(self, decays: bool, t: Any, learning_rate: Any) -> tuple[Program, dict[str, Any]]:
         """The rule's program, and its scalars at step ``t``."""

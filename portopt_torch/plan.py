@@ -246,11 +246,14 @@ def _way(
     in_order = [value for value in kept.values() if _strides(value) == _strides(param)]
     counts = [state[name] for name in ("step", *program.numbers) if state.get(name) is not None]
     why = _refusal([param, grad, *in_order], counts)  # the others will be
+    if not program.elementwise:
+        why = f"{program.rule} looks at all elements of a parameter at once"
     if why is None:
         return "kernel"
     if fused:
         raise RuntimeError(f"`fused=True` is not possible: {why}")
-    _warn(why)
+    if program.elementwise:
+        _warn(why)
     return other
 
 

@@ -16,6 +16,7 @@ from portopt.rules.base import (
     Slots,
 )
 from portopt.rules.ftrl import Ftrl
+from portopt.rules.lamb import Lamb
 from portopt.rules.lion import Lion
 from portopt.rules.nadam import NAdam
 from portopt.rules.native import Native
@@ -38,6 +39,7 @@ __all__ = [
     "HyperparameterError",
     "HyperparameterTypeError",
     "Interval",
+    "Lamb",
     "Lion",
     "Momentum",
     "NAdam",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,55 @@ def load(point: EntryPoint) -> type[Rule]:
     if not (isinstance(rule, type) and issubclass(rule, Rule)):
         raise PluginError(f"{where} must be a subclass of portopt.Rule, is {rule!r}")
     return rule
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What there is to say of an installed rule.
+
+    Attributes:
+        name: Its name.
+        package: The package that brings it; "portopt" for the project's own.
+        options: Its fields with their defaults; None for one that must be given.
+        slots: Its slots with the defaults.
+        further_slots: Those that options turn on.
+        numbers: The scalars that it keeps for each parameter tensor.
+        natives: The frameworks' own optimizers that are this rule.
+    """
+
+    name: str
+    package: str
+    options: dict[str, Any]
+    slots: tuple[str, ...]
+    further_slots: tuple[str, ...]
+    numbers: tuple[str, ...]
+    natives: tuple[str, ...]
+
+    @property
+    def bytes_per_parameter(self) -> tuple[int, int]:
+        """Bytes of state for each float32 element: with the defaults, and with every option."""
+        least = 4 * len(self.slots)
+        return least, least + 4 * len(self.further_slots)
+
+
+def entry(name: str, rule: type[Rule], package: str = "portopt") -> Entry:
+    """What a rule's class says of itself."""
+    options = {field.name: rule.defaults().get(field.name) for field in fields(rule)}
+    all_on = {
+        key: True if value is False else 1.0
+        for key, value in options.items()
+        if value is None or value is False or value == 0
+    }
+    slots, further = rule.unchecked(**options).slots, rule.unchecked(**options | all_on).slots
+    return Entry(
+        name=name,
+        package=package,
+        options=options,
+        slots=slots,
+        further_slots=tuple(slot for slot in further if slot not in slots),
+        numbers=rule.unchecked(**options).numbers,
+        natives=tuple(native.name for native in vars(rule).get("natives", ())),
+    )
 
 
 def find(name: str, framework: str) -> tuple[type[Rule], Native | None]:

@@ -9,6 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
+from portopt import trace
 from portopt.rules import HyperparameterError, Momentum, Rule, registry
 
 SHARED = [field.name for field in fields(Rule)]
@@ -41,17 +42,19 @@ SURROUNDINGS = [
     {"weight_decay": 0.1, "decoupled": False, "maximize": True},
     {"weight_decay": 0.1, "decoupled": True, "maximize": False},
 ]
-RULES = [replace(form, **options) for form, options in product(FORMS, SURROUNDINGS)]
+ALL = [replace(form, **options) for form, options in product(FORMS, SURROUNDINGS)]
+RULES = [rule for rule in ALL if trace(rule).elementwise]
+"""Those that kernels take."""
 
 
-@pytest.fixture(params=RULES, ids=repr)
+@pytest.fixture(params=ALL, ids=repr)
 def rule(request):
     return request.param
 
 
 @pytest.fixture(scope="session")
 def rules():
-    return RULES
+    return ALL
 
 
 @pytest.fixture(scope="session")

@@ -133,6 +133,7 @@ MEANINGS = {
     "exp": np.exp([0.5, -0.5, 2.0]),
     "log": [np.log(0.5), np.nan, np.log(2.0)],
     "sign": [1.0, -1.0, 1.0],
+    "sum": 2.0,
     "sqrt": [0.5**0.5, np.nan, 2.0**0.5],
     "maximum": [1.0, -0.5, 2.0],
     "minimum": [0.5, -2.0, 2.0],

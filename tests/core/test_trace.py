@@ -126,6 +126,7 @@ OPERATIONS = {
     "log": lambda xp, x, y: xp.log(abs(x) + 1),
     "sign": lambda xp, x, y: xp.sign(x),
     "sqrt": lambda xp, x, y: xp.sqrt(abs(x)),
+    "sum": lambda xp, x, y: x + xp.sum(y),
     "maximum": lambda xp, x, y: xp.maximum(xp.maximum(x, y), xp.maximum(0.5, x)),
     "minimum": lambda xp, x, y: xp.minimum(xp.minimum(x, y), xp.minimum(x, 1)),
     "where": lambda xp, x, y: xp.where(x < y, x, 0.0),
