@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser("parity", help="distance of every rule from float64")
     command.add_argument("--json", type=_output, metavar="FILE", help="write the table as JSON")
+    command.add_argument(
+        "--markdown", type=_output, metavar="FILE", help="write it as the documentation has it"
+    )
     command.set_defaults(run=_parity)
 
     command = commands.add_parser("bench", help="time of a step beside every native mode")
@@ -279,6 +282,9 @@ def _parity(arguments: argparse.Namespace) -> int:
         f"{parity.LIMIT}; slots: the same ratio for the slots, at most {parity.SLOT_LIMIT}"
     )
     _write(parity.as_json(table), arguments.json)
+    if arguments.markdown is not None:
+        title = "# Distance from float64: ours over the native's\n\n"
+        arguments.markdown.write_text(title + parity.as_markdown(table))
     return _verdict([row.passed for row in table], failures)
 
 

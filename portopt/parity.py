@@ -7,6 +7,7 @@ mean square of its difference from the reference, relative to that of the refere
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,12 +80,11 @@ LR = 2.0**-7  # Keras holds it in float32: the rounding of an input is not what 
 
 def _cases(rule: type[Rule], **calls: Sequence[dict[str, Any]]) -> Iterator[Case]:
     """For each framework and each call of its native that is ``rule``: a case, at `LR`."""
-    for native in rule.natives:
-        for given in calls.get(native.framework, ()):
-            lr = {"torch": "lr", "keras": "learning_rate"}[native.framework]
-            arguments = {lr: LR, **given}
-            values = {**native.values, **native.fields(arguments)}
-            yield Case(rule(**values), **{native.framework: (native.title, arguments)})
+    for framework, given in ((name, one) for name, each in calls.items() for one in each):
+        native = next(native for native in rule.natives if native.framework == framework)
+        arguments = {{"torch": "lr", "keras": "learning_rate"}[framework]: LR, **given}
+        values = {**native.values, **native.fields(arguments)}
+        yield Case(rule(**values), **{framework: (native.title, arguments)})
 
 
 MOMENTUM, DECAY, UP = {"momentum": 0.9}, {"weight_decay": 0.1}, {"maximize": True}
@@ -350,3 +350,18 @@ def _ratio(ours: float, theirs: float) -> float:
 def as_json(table: Sequence[Row]) -> list[dict[str, Any]]:
     """The table for machines."""
     return [asdict(row) | {"passed": row.passed} for row in table]
+
+
+def as_markdown(table: Sequence[Row]) -> str:
+    """The table for the documentation: a line for each twin, a column for each backend."""
+    backends = list(dict.fromkeys(row.backend for row in table))
+    head = ["rule", "options", "native twin", "native's distance", *backends]
+    lines = [head, ["---"] * len(head)]
+    for _, group in itertools.groupby(table, lambda row: (row.rule, row.options, row.native)):
+        rows = list(group)
+        first = rows[0]
+        cells = [f"{row.ratio:.2f} ({row.slot_ratio:.2f})" for row in rows]
+        lines.append(
+            [first.rule, first.options, f"`{first.native}`", f"{first.theirs:.1e}", *cells]
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -31,10 +31,11 @@ class SGD(Optimizer):
     """``torch.optim.SGD``: the rule `portopt.rules.Momentum`, or `portopt.rules.SGD` without one.
 
     Arguments, groups and ``state_dict`` are those of ``torch.optim.SGD``, with ``around`` on top.
-    Sparse gradients are refused.
+    Sparse gradients are taken without momentum.
     """
 
     keeps_step = False
+    sparse = "also"
     may_lack = LATER
 
     def __init__(
@@ -273,6 +274,7 @@ def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
             "Arguments, groups and ``state_dict`` are the native's, with ``around`` on top."
         )
         may_lack = LATER
+        sparse = native.sparse
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             try:

@@ -52,6 +52,8 @@ class Optimizer(torch.optim.Optimizer):
     """Whether ``state`` counts the steps, under "step" in a 0-d float tensor."""
     may_lack: ClassVar[tuple[str, ...]] = ()
     """What a loaded group may lack, as the native's of older versions do."""
+    sparse: ClassVar[str] = "no"
+    """Whether gradients may be sparse: "no", "also" or "only"; then their rows alone change."""
 
     around = Around()
     _loading = False
@@ -94,8 +96,9 @@ class Optimizer(torch.optim.Optimizer):
             closure: Evaluates the model again and returns the loss, which is returned.
 
         Raises:
-            RuntimeError: a gradient is sparse, a slot has not its parameter's shape, or
-                ``fused=True`` with what no kernel takes; nothing is changed then.
+            RuntimeError: a gradient is sparse where that is not possible, a slot has not its
+                parameter's shape, or ``fused=True`` with what no kernel takes; nothing is changed
+                then.
             TypeError: a parameter with a gradient has a dtype other than float16, bfloat16,
                 float32, float64 and their complex kin; nothing is changed then.
         """

@@ -31,8 +31,8 @@ class Member(NamedTuple):
         param: The parameter, which has a gradient.
         state: Its state, with every slot, and with "step" if steps are counted.
         first: Whether this is its first step.
-        way: How it is updated: by "kernel", "foreach" (along with others, by lists of tensors) or
-            "plain".
+        way: How it is updated: by "kernel", "foreach" (along with others, by lists of tensors),
+            "rows" (those alone that its sparse gradient has) or "plain".
     """
 
     place: int
@@ -86,7 +86,10 @@ def update(scalars: Scalars, members: Iterable[Member]) -> None:
         key += () if member.way == "foreach" else (member.place,)
         alike.setdefault(key, (own, []))[1].append(member)
     for own, together in alike.values():
-        _update(scalars.program, own, together)
+        if together[0].way == "rows":
+            _update_rows(scalars.program, own, together[0])
+        else:
+            _update(scalars.program, own, together)
         for member in together:
             for name, value in scalars.program.kept(own).items():
                 member.state[name].copy_(torch.as_tensor(value))
@@ -109,6 +112,18 @@ def _update(program: Program, scalars: Mapping[str, Any], members: Sequence[Memb
     for name, values in new.items():
         for tensor, value in zip(stored[name], values, strict=True):
             tensor.copy_(torch.view_as_complex(value) if tensor.is_complex() else value)
+
+
+def _update_rows(program: Program, scalars: Mapping[str, Any], member: Member) -> None:
+    """Update what a sparse gradient speaks of as if there were nothing else."""
+    stored = {name: _operand(member, name) for name in program.operands}
+    grad = stored.pop("grad").coalesce()
+    rows, dtype = tuple(grad.indices()), _COMPUTE_DTYPES[member.param.dtype]
+    read = {"grad": grad.values(), **{name: tensor[rows] for name, tensor in stored.items()}}
+    new = program.run(xp, scalars, {name: _real(x).to(dtype) for name, x in read.items()})
+    for name, value in new.items():
+        whole = torch.view_as_complex(value) if stored[name].is_complex() else value
+        stored[name][rows] = whole.to(stored[name].dtype)
 
 
 _FOREACH: dict[str, Callable[..., Any]] = {

@@ -225,9 +225,8 @@ def _way(
 ) -> str:
     """How ``param`` is updated: by "kernel", "foreach", or "plain"; changes nothing."""
     grad, state = gradient(param), optimizer.state.get(param, {})
-    if grad.is_sparse:
-        raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
     check_dtype(param.dtype)
+    _check_sparse(optimizer, group, grad)
     kept = {slot: state[slot] for slot in program.slots if state.get(slot) is not None}
     for slot, value in kept.items():
         if value.shape != param.shape:
@@ -236,6 +235,8 @@ def _way(
                 f"{tuple(value.shape)}"
             )
     foreach, fused = group.get("foreach"), group.get("fused")
+    if grad.is_sparse:
+        return "rows"
     if compiling or group.get("differentiable"):
         return "plain"
     if not fused and foreach is not None:
@@ -255,6 +256,24 @@ def _way(
     if program.elementwise:
         _warn(why)
     return other
+
+
+def _check_sparse(optimizer: Optimizer, group: Mapping[str, Any], grad: Tensor) -> None:
+    """Raise a RuntimeError, in the natives' words, if the gradient is of the wrong kind."""
+    name = type(optimizer).__name__
+    if not grad.is_sparse:
+        if optimizer.sparse == "only":
+            raise RuntimeError(
+                f"{name} does not support dense gradients, please consider Adam instead"
+            )
+        return
+    if optimizer.sparse == "no":
+        raise RuntimeError(f"{name} does not support sparse gradients")
+    for option in ("weight_decay", "momentum"):
+        if group.get(option):
+            raise RuntimeError(f"{option} option is not compatible with sparse gradients")
+    if optimizer.around != Around():
+        raise RuntimeError("around is not compatible with sparse gradients")
 
 
 def _strides(tensor: Tensor) -> list[int]:

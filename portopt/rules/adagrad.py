@@ -59,7 +59,7 @@ class Adagrad(Rule):
     """
 
     natives = (
-        Native("torch.optim.Adagrad", eager=True),
+        Native("torch.optim.Adagrad", eager=True, sparse="also"),
         Native(
             "keras.optimizers.Adagrad",
             values={

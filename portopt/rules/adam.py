@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from portopt.arrays import Array, Namespace
 from portopt.rules.base import Decay, NonNegative, Rule, Update, ema, mean_square
@@ -54,7 +54,8 @@ class Adam(Rule):
         HyperparameterError: a hyperparameter out of its range or not among its choices.
 
     Differs from:
-        PyTorch: the defaults are ``torch.optim.Adam``. Keras: ``eps_form="hat", eps=1e-7,
+        PyTorch: the defaults are ``torch.optim.Adam``; ``eps_form="hat"`` on the rows of a sparse
+        gradient is ``torch.optim.SparseAdam``. Keras: ``eps_form="hat", eps=1e-7,
         decoupled=True`` is ``keras.optimizers.Adam``, whose infinite ``v`` becomes NaN.
         Paper of AMSGrad: ``v`` is not corrected there, and here is.
 
@@ -72,8 +73,9 @@ class Adam(Rule):
         (array([0.9]), {'exp_avg': array([1.]), 'exp_avg_sq': array([1.])})
     """
 
-    natives = (
+    natives: ClassVar[tuple[Native, ...]] = (
         Native("torch.optim.Adam"),
+        Native("torch.optim.SparseAdam", values={"eps_form": "hat"}, sparse="only"),
         Native("keras.optimizers.Adam", values=_KERAS, slots=_KERAS_SLOTS),
     )
 

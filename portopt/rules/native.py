@@ -27,6 +27,8 @@ class Native:
         slots: For each slot its name in Keras, in the order in which Keras creates them; a mapping
             for each time that it goes over the variables.
         eager: Whether the state is there from construction on, and not from the first step.
+        sparse: Whether it takes sparse gradients, and updates nothing but their rows: "no", "also"
+            or "only".
 
     Example:
         >>> native = Native("torch.optim.Rprop", arguments={"etas": ("etaminus", "etaplus")})
@@ -39,6 +41,7 @@ class Native:
     arguments: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     slots: tuple[Mapping[str, str], ...] = ()
     eager: bool = False
+    sparse: str = "no"
 
     @property
     def framework(self) -> str:

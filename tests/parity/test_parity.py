@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mutants import mutants
 
-from portopt import parity, worker
+from portopt import parity, trace, worker
 
 FRAMEWORKS = [f for f in worker.FRAMEWORKS if worker.missing(f) is None]
 pytestmark = pytest.mark.skipif(not FRAMEWORKS, reason="no framework with natives is installed")
@@ -54,7 +54,7 @@ def test_a_result_that_is_no_number_does_not_pass(answers):
 
 @pytest.mark.skipif("keras" not in FRAMEWORKS, reason="Keras is not installed")
 def test_keras_has_the_bits_of_numpy(answers):
-    for case in parity.CASES:
+    for case in (case for case in parity.CASES if trace(case.rule).elementwise):
         expected = parity.on_numpy(case.rule)
         actual = answers["keras"][f"ours {case.rule}"]
         assert actual.keys() == expected.keys()
