@@ -31,7 +31,22 @@ import numpy as np
 from portopt import worker
 from portopt.optimizer import Optimizer
 from portopt.parity import Twin
-from portopt.rules import SGD, Adam, AdamW, Decay, Momentum, RMSprop, Rule
+from portopt.rules import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Lion,
+    Momentum,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+    Rule,
+)
 from portopt.trace import trace
 
 Shape: TypeAlias = tuple[int, ...]
@@ -90,22 +105,6 @@ TITLES = {
 """How mixes and frameworks are called where people read it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lion(Rule):
-    """A user's own rule, which no adapter knows: the README's."""
-
-    lr: float = 1e-4
-    beta1: Decay = 0.9
-    beta2: Decay = 0.99
-    slots = ("exp_avg",)
-
-    def update(self, xp: Any, t: Any, param: Any, grad: Any, slot: Any) -> Any:
-        """As in Chen et al. 2023, algorithm 2."""
-        direction = xp.sign(slot.exp_avg + (1 - self.beta1) * (grad - slot.exp_avg))
-        m = slot.exp_avg + (1 - self.beta2) * (grad - slot.exp_avg)
-        return param - self.lr * direction, {"exp_avg": m}
-
-
 class Contest(NamedTuple):
     """A rule, and the optimizers that are the same: class or function, and arguments.
 
@@ -158,7 +157,14 @@ RULES: dict[str, Contest] = {
         *(("Adam", {"amsgrad": True}), ("Adam", {"amsgrad": True}), ("amsgrad", {})),
     ),
     "adamw": _contest(AdamW(lr=1e-4), ("AdamW", {}), ("AdamW", {}), ("adamw", {})),
-    "lion": _contest(Lion(), optax=("lion", {"weight_decay": 0.0})),
+    "lion": _contest(Lion(), keras=("Lion", {}), optax=("lion", {"weight_decay": 0.0})),
+    "adagrad": _contest(Adagrad(lr=1e-4), ("Adagrad", {}), ("Adagrad", {})),
+    "adadelta": _contest(Adadelta(lr=1e-4), ("Adadelta", {}), ("Adadelta", {}), ("adadelta", {})),
+    "adamax": _contest(Adamax(lr=1e-4), ("Adamax", {}), ("Adamax", {}), ("adamax", {})),
+    "nadam": _contest(NAdam(lr=1e-4), ("NAdam", {}), ("Nadam", {}), ("nadam", {})),
+    "radam": _contest(RAdam(lr=1e-4), ("RAdam", {}), optax=("radam", {})),
+    "asgd": _contest(ASGD(lr=1e-4), ("ASGD", {})),
+    "rprop": _contest(Rprop(lr=1e-4), ("Rprop", {}), optax=("rprop", {})),
     TAIL: _contest(AdamW(lr=1e-4), ("AdamW", {})),
 }
 
@@ -202,11 +208,13 @@ MODULES = {"numpy": "portopt.bench", "jax": "portopt.bench"} | {
     framework: f"{package}.bench" for framework, package in worker.FRAMEWORKS.items()
 }
 SINGLE = ("sgd", "momentum", "rmsprop", "rmsprop-centered", "adam", "amsgrad", "adamw", "lion")
+UNFUSED = ("adadelta", "adamax", "nadam", "radam", "asgd", "rprop")
+"""Rules that have natives, and none of them a kernel."""
 DEFAULT: dict[str, dict[str, tuple[str, ...]]] = {
     "numpy": {"16m": ("adamw", "lion"), "resnet50": ("adamw",), "1000x32x32": ("adamw",)},
     "torch": {
         "16m": (*SINGLE, TAIL),
-        "resnet50": (*SINGLE, TAIL),
+        "resnet50": (*SINGLE, "adagrad", *UNFUSED, TAIL),
         "vit-b": ("momentum", "rmsprop", "adamw", "lion", TAIL),
         "gpt2": ("momentum", "rmsprop", "adamw", "lion"),
         "1000x32x32": (*SINGLE, TAIL),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -18,9 +19,6 @@ import portopt_torch
 from portopt.bench import OURS, RULES, TAIL, Case, Contender, Step, answer
 
 MODES = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-UNFUSED = ("RMSprop",)
-"""The natives that have no fused form."""
-
 SCALE, NORM, DECAY = 1024.0, 1.0, 0.999
 
 
@@ -57,7 +55,7 @@ def paths(case: Case, params: list[Tensor], grads: list[Tensor]) -> list[Contend
     found += [
         Contender("step", mode, path(native, **arguments, **flags))
         for mode, flags in MODES.items()
-        if mode != "fused" or name not in UNFUSED
+        if flags.keys() <= inspect.signature(native).parameters.keys()
     ]
     if case.compiled and shutil.which(os.environ.get("CXX", "g++")):
         found.append(Contender("step", "compiled", path(native, compiled=True, **arguments)))

@@ -291,6 +291,15 @@ def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
                     self.state[param]["step"] = begin_count("step", rule, group, param)
                     add_slots(self.state[param], rule, program.slots, param)
 
+        if native.eager:
+
+            def share_memory(self) -> None:
+                """Let other processes share the slots."""
+                for group in self.param_groups:
+                    for slot in self._traced(group)[1].slots:
+                        for param in group["params"]:
+                            self.state[param][slot].share_memory_()
+
         @classmethod
         def rule_of(cls, group: Mapping[str, Any]) -> Fields:
             given = native.fields({name: group[name] for name in own})
