@@ -266,7 +266,7 @@ def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
     signature = signature.replace(parameters=[*signature.parameters.values(), around])
     is_bool = {field.name: field.type == "bool" for field in fields(rule)}
     targets = {name: native.target(name) for name in signature.parameters}
-    own = [name for name, target in targets.items() if {target} & {*is_bool} or target != name]
+    own = [name for name, to in targets.items() if isinstance(to, tuple) or to in is_bool]
 
     class DropIn(Optimizer):
         __doc__ = (

@@ -1,6 +1,12 @@
 """What holds for all tests."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+# pytest has put this folder there, in which tests/torch would be a package "torch".
+sys.path.remove(str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session", autouse=True)

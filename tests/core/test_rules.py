@@ -669,6 +669,8 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_doctests(name):
+    if name == "portopt.jax":
+        pytest.importorskip("optax")
     # portopt.trace, the function, stands before portopt.trace, the module.
     importlib.import_module(name)
     assert doctest.testmod(sys.modules[name]).failed == 0
