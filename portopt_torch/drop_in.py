@@ -31,7 +31,7 @@ class SGD(Optimizer):
     """``torch.optim.SGD``: the rule `portopt.rules.Momentum`, or `portopt.rules.SGD` without one.
 
     Arguments, groups and ``state_dict`` are those of ``torch.optim.SGD``, with ``around`` on top.
-    Sparse gradients are taken without momentum.
+    Of a sparse gradient the rows alone are updated; with a momentum, everything.
     """
 
     keeps_step = False

@@ -19,6 +19,8 @@ NATIVE_WORDS = {
     "eps": "Invalid epsilon value",
     "beta1": "Invalid beta parameter at index 0",
     "beta2": "Invalid beta parameter at index 1",
+    "etaminus": "Invalid eta values",
+    "etaplus": "Invalid eta values",
     "nesterov": "Nesterov momentum requires a momentum and zero dampening",
 }
 """How the optimizers of ``torch.optim`` begin their errors, where not with its name."""

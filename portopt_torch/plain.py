@@ -85,14 +85,13 @@ def update(scalars: Scalars, members: Iterable[Member]) -> None:
         key = (id(own), member.param.dtype, member.param.device)
         key += () if member.way == "foreach" else (member.place,)
         alike.setdefault(key, (own, []))[1].append(member)
+        for name, value in scalars.program.kept(own).items():  # at once: it may stand here twice
+            member.state[name].copy_(torch.as_tensor(value))
     for own, together in alike.values():
         if together[0].way == "rows":
             _update_rows(scalars.program, own, together[0])
         else:
             _update(scalars.program, own, together)
-        for member in together:
-            for name, value in scalars.program.kept(own).items():
-                member.state[name].copy_(torch.as_tensor(value))
 
 
 def _update(program: Program, scalars: Mapping[str, Any], members: Sequence[Member]) -> None:
@@ -218,7 +217,7 @@ def as_scalar(value: Any) -> Any:
 def _operand(member: Member, name: str) -> Tensor:
     own = {"param": member.param, "grad": member.param.grad}
     found: Tensor = own[name] if name in own else member.state[name]
-    return found
+    return found.to_dense() if found.is_sparse and member.way != "rows" else found
 
 
 def _real(tensor: Tensor) -> Tensor:

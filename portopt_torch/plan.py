@@ -193,7 +193,8 @@ def begin_count(name: str, rule: Rule, group: Mapping[str, Any], param: Tensor) 
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     beside = group.get("capturable") or group.get("fused")
     value = 0.0 if name == "step" else host(rule.initial(name))
-    return torch.full((), value, dtype=dtype, device=param.device if beside else "cpu")
+    # Under FakeTensorMode what torch.tensor makes keeps its value, and others have none.
+    return torch.tensor(float(value), dtype=dtype, device=param.device if beside else "cpu")
 
 
 def add_slots(state: dict[str, Any], rule: Rule, slots: tuple[str, ...], param: Tensor) -> None:
@@ -236,7 +237,9 @@ def _way(
             )
     foreach, fused = group.get("foreach"), group.get("fused")
     if grad.is_sparse:
-        return "rows"
+        if fused:
+            raise RuntimeError("`fused=True` is not possible: a gradient is sparse")
+        return "plain" if group.get("momentum") else "rows"  # whose buffer goes on everywhere
     if compiling or group.get("differentiable"):
         return "plain"
     if not fused and foreach is not None:
@@ -269,9 +272,8 @@ def _check_sparse(optimizer: Optimizer, group: Mapping[str, Any], grad: Tensor) 
         return
     if optimizer.sparse == "no":
         raise RuntimeError(f"{name} does not support sparse gradients")
-    for option in ("weight_decay", "momentum"):
-        if group.get(option):
-            raise RuntimeError(f"{option} option is not compatible with sparse gradients")
+    if group.get("weight_decay"):
+        raise RuntimeError("weight_decay option is not compatible with sparse gradients")
     if optimizer.around != Around():
         raise RuntimeError("around is not compatible with sparse gradients")
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,7 +154,7 @@ def test_a_folder_that_cannot_be_used_costs_only_time(folder, compilations, spoi
 @pytest.mark.parametrize(
     ("module", "name", "number"),
     [
-        (os, "mkdir", errno.EROFS),
+        (Path, "mkdir", errno.EROFS),
         (tempfile, "mkstemp", errno.EACCES),
         (os, "replace", errno.EACCES),
     ],

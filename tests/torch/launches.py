@@ -63,8 +63,8 @@ def make_tensors(program, storage, sizes, seed=0):
 
 def make_scalars(program, rule, t=1, around=ALONE):
     """The scalars of step ``t``."""
-    given = vars(rule) | vars(around) | {"grad_norm": 7.0}
-    return program.scalars(given, t)
+    kept = {name: rule.initial(name) for name in program.numbers}
+    return program.scalars(vars(rule) | vars(around) | kept | {"grad_norm": 7.0}, t)
 
 
 def whole(tensors, longest=1000):

@@ -34,8 +34,10 @@ OPTIMIZERS = [
     ("SGD", {"lr": 2.0, "momentum": 0.9, "dampening": 0.5}),
     ("RMSprop", {"lr": 0.05, "centered": True}),
     ("AdamW", {"lr": 0.05, "weight_decay": 0.1}),
+    ("Adagrad", {"lr": 0.05, "initial_accumulator_value": 0.1}),
+    ("NAdam", {"lr": 0.05}),
 ]
-IDS = ["SGD", "momentum", "RMSprop", "AdamW"]
+IDS = ["SGD", "momentum", "RMSprop", "AdamW", "Adagrad", "NAdam"]
 WAYS = [{}, {"foreach": True}, {"foreach": False}]
 WAY_IDS = ["kernel", "foreach", "plain"]
 SHAPES = [(3, 5), (), (4,), (67,)]

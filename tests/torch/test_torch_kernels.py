@@ -20,6 +20,7 @@ from support import assert_agree, gradients, weights
 from torch._dynamo.testing import CompileCounter
 from twins import (
     IDS,
+    NAMES,
     OPTIONS,
     assert_params_agree,
     assert_twins_agree,
@@ -30,7 +31,9 @@ from twins import (
     ours,
     saved,
     snapshot,
+    takes,
     train,
+    trained,
 )
 
 from portopt import trace
@@ -40,7 +43,8 @@ from portopt_torch import from_rule, plan
 pytest.importorskip("llvmlite", reason="kernels are compiled by llvmlite")
 
 RULES = run_path(str(Path(__file__).parents[1] / "core" / "conftest.py"))["RULES"]
-SOME = [RULES[0], RULES[20], RULES[111], RULES[-5]]  # a rule of every family
+# Of every class a form with the most slots.
+SOME = [*{type(rule): rule for rule in sorted(RULES, key=lambda rule: len(rule.slots))}.values()]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SHAPES = [(3, 5), (), (1, 5), (0,), (67,)]  # 67: whole cache lines and a rest, in every dtype
 GRADS = make_grads(SHAPES, 5)
@@ -85,25 +89,35 @@ def real(tensor):
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+def in_float32(number):
+    """As a number is kept in the state."""
+    return float(np.float32(number))
+
+
 def in_numpy(rule, param, grads, slots=()):
     """The parameter and slots that the interpreted program ends with; None is no gradient."""
     program, t = trace(rule), 0
     stored = {"param": real(param)}
-    stored |= {slot: torch.zeros_like(stored["param"]) for slot in program.slots} | dict(slots)
+    full = partial(torch.full_like, stored["param"])
+    stored |= {slot: full(rule.initial(slot)) for slot in program.slots} | dict(slots)
+    kept = {name: in_float32(rule.initial(name)) for name in program.numbers}
     dtype = torch.float64 if stored["param"].dtype == torch.float64 else torch.float32
     for t, grad in enumerate((grad for grad in grads if grad is not None), 1):
         arrays = {k: x.to(dtype).numpy() for k, x in {**stored, "grad": real(grad)}.items()}
-        new = program.run(np, program.scalars(vars(rule), t), arrays)
+        scalars = program.scalars(vars(rule) | kept, t)
+        kept = {name: in_float32(value) for name, value in program.kept(scalars).items()}
+        new = program.run(np, scalars, arrays)
         stored = {k: torch.tensor(np.asarray(new[k])).to(x.dtype) for k, x in stored.items()}
-    return stored, t
+    return stored, t, kept
 
 
 def assert_same_as_numpy(optimizer, rule, start, grads, slots=()):
     params = itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups)
     for i, (param, begin) in enumerate(zip(params, start, strict=True)):
-        expected, steps = in_numpy(rule, begin, [step[i] for step in grads], slots)
+        expected, steps, kept = in_numpy(rule, begin, [step[i] for step in grads], slots)
         state = optimizer.state.get(param, {})
         assert state.get("step", 0) == steps
+        assert not steps or {name: state[name].item() for name in kept} == kept
         for name, value in expected.items():
             if name == "param" or steps:
                 actual = param if name == "param" else state[name]
@@ -143,14 +157,17 @@ def test_all_dtypes_at_once_have_numpys_bits(rule, launches):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("rule", SOME[1:], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize(
+    "rule", [rule for rule in SOME if rule.slots], ids=lambda rule: type(rule).__name__
+)
 def test_loaded_state_of_another_dtype_keeps_it(rule, dtype, stored, launches):
     (param,), shape = make_params([(67,)], dtype), (67,)
     optimizer = train(from_rule(rule)([param]), [[torch.ones(shape, dtype=dtype)]])
     param.data = make_params([shape], dtype)[0].data
     state = saved(optimizer)
     slots = {slot: torch.tensor(weights(shape, 3)).abs().to(stored) for slot in rule.slots}
-    state["state"][0].update(slots, step=torch.tensor(0.0))
+    kept = {name: torch.tensor(rule.initial(name)) for name in rule.numbers}
+    state["state"][0].update(slots, **kept, step=torch.tensor(0.0))
     optimizer.load_state_dict(state)
     launches.clear()
     grads = make_grads([shape], 4, dtype)
@@ -665,10 +682,10 @@ def test_backward_through_a_changed_parameter_is_an_error(name, way):
     assert words[0] == words[1] and "modified by an inplace operation" in words[0]
 
 
-FUSED = [(name, options) for name, options in OPTIONS if name != "RMSprop"]
+FUSED = {i: one for i, one in zip(IDS, OPTIONS, strict=True) if takes(one[0], "fused")}
 
 
-@pytest.mark.parametrize(("name", "options"), FUSED, ids=[i for i in IDS if "RMSprop" not in i])
+@pytest.mark.parametrize(("name", "options"), FUSED.values(), ids=FUSED)
 def test_fused_is_the_kernel(name, options, launches):
     grads = make_grads()
     fused, default = (
@@ -684,17 +701,16 @@ def sliced():
     return torch.nn.Parameter(make_params([(6, 8)])[0].detach()[::2, 1::3])
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", [n for n in NAMES if takes(n, "fused")])
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "later"])
 def test_fused_that_cannot_be_is_an_error(name, late):
-    good = make_params([(3, 3)])[0]
-    optimizer = ours(name)([{"params": [good]}, {"params": [sliced()]}], fused=True)
+    (good,), (bad,) = make_params([(3, 3)]), make_params([(3, 3)]) if late else [sliced()]
+    optimizer = ours(name)([{"params": [good]}, {"params": [bad]}], fused=True)
     if late:  # the kernel worked before
-        optimizer.param_groups[1]["params"] = make_params([(3, 3)])
         train(optimizer, make_grads([(3, 3)] * 2, 2))
-        optimizer.param_groups[1]["params"][0].grad = torch.ones(3, 6)[:, ::2]
+        bad.grad = torch.ones(3, 6)[:, ::2]
     else:
-        good.grad = optimizer.param_groups[1]["params"][0].grad = torch.ones(3, 3)
+        good.grad = bad.grad = torch.ones(3, 3)
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match="`fused=True` is not possible: a "):
         optimizer.step()
@@ -866,16 +882,17 @@ def test_compiled_by_inductor(name, dynamo):
 # ---- GradScaler ----
 
 
+SCALED = [(name, {}) for name in NAMES]
+SCALED += [(name, {"fused": True}) for name in NAMES if takes(name, "fused")]
+
+
 @pytest.mark.parametrize("unscale", [False, True], ids=["scaled", "unscaled-and-clipped"])
-@pytest.mark.parametrize("fused", [None, True], ids=["default", "fused"])
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
-def test_grad_scaler(name, fused, unscale):
+@pytest.mark.parametrize(("name", "flags"), SCALED, ids=lambda value: str(value or ""))
+def test_grad_scaler(name, flags, unscale):
     ends, counts = [], []
     for cls in (ours(name), native(name)):
         params = make_params([(4,), (3, 5)])
-        optimizer = cls(
-            params, lr=0.05, fused=fused, **({"momentum": 0.9} if name == "SGD" else {})
-        )
+        optimizer = cls(params, **trained(name), **flags)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
         for step, scale in enumerate((1.0, 2.0, float("inf"), 3.0, float("nan"), 1.0, 4.0)):
             optimizer.zero_grad()
@@ -995,7 +1012,7 @@ def test_a_thread_that_outlives_the_main_one_steps_on():
     """)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("name", NAMES)
 def test_steps_inside_backward(name):
     ends = []
     for cls in (ours(name), native(name)):

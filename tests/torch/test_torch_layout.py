@@ -4,7 +4,18 @@ import inspect
 
 import pytest
 import torch
-from twins import IDS, NAMES, OPTIONS, layout, make_grads, make_params, native, ours, train
+from twins import (
+    IDS,
+    NAMES,
+    OPTIONS,
+    default_dtype,
+    layout,
+    make_grads,
+    make_params,
+    native,
+    ours,
+    train,
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -32,15 +43,11 @@ def test_groups_and_state_dict_have_the_natives_layout(name, options):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_step_count_follows_the_default_dtype(name, default):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
+    with default_dtype(default):
         mine, theirs = (
             train(cls(make_params()), make_grads()) for cls in (ours(name), native(name))
         )
-        assert layout(mine) == layout(theirs)
-    finally:
-        torch.set_default_dtype(before)
+    assert layout(mine) == layout(theirs)
 
 
 def test_betas_are_kept_as_a_pair():

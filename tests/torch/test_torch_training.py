@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 from support import assert_agree
-from twins import assert_params_agree, native, numbers, ours, rosenbrock, rosenbrock_gradient
+from twins import (
+    NAMES,
+    assert_params_agree,
+    native,
+    numbers,
+    ours,
+    rosenbrock,
+    rosenbrock_gradient,
+)
 
 from portopt import rules
 from portopt_torch import from_rule
@@ -126,7 +134,7 @@ def train_step(model, x, optimizer, autocast=False, scaler=None):
     scaler.update()
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "scaler"])
 def test_mixed_precision(name, autocast):
     start, ends = [], []
@@ -147,9 +155,10 @@ def test_mixed_precision(name, autocast):
     assert_params_agree(*ends, start=start)
 
 
-def test_averaged_model():
+@pytest.mark.parametrize("name", NAMES)
+def test_averaged_model(name):
     averages = []
-    for cls in (ours("Adam"), native("Adam")):
+    for cls in (ours(name), native(name)):
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 3)
         start = [p.detach().clone() for p in model.parameters()]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -12,13 +14,7 @@ from support import assert_agree, gradients, weights
 
 import portopt_torch
 from portopt import parity
-
-NAMES = ["SGD", "RMSprop", "Adam", "AdamW"]
-CASES = [case.torch for case in parity.CASES if case.torch]
-# Weights of size 1 are rounded by 6e-8 a step: let them move by more than 1e5 of that.
-OPTIONS = [(name, {**arguments, "lr": 0.05}) for name, arguments in CASES]
-IDS = [f"{name}-{'-'.join(sorted({*options} - {'lr'}))}" for name, options in OPTIONS]
-SHAPES = [(3, 5), (), (4,), (0,)]
+from portopt_torch import drop_in
 
 
 def native(name):
@@ -27,6 +23,35 @@ def native(name):
 
 def ours(name):
     return getattr(portopt_torch, name)
+
+
+NAMES = [name for name in drop_in.names() if ours(name).sparse != "only"]
+CASES = [case.torch for case in parity.CASES if case.torch and case.torch[0] in NAMES]
+# Weights of size 1 are rounded by 6e-8 a step: let them move by more than 1e5 of that.
+OPTIONS = [(name, {**arguments, "lr": 0.05}) for name, arguments in CASES]
+IDS = [f"{name}-{'-'.join(sorted({*options} - {'lr'}))}" for name, options in OPTIONS]
+SHAPES = [(3, 5), (), (4,), (0,)]
+
+
+@contextmanager
+def default_dtype(dtype):
+    """Also the dtype of counts and other numbers in the state."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def takes(name, argument):
+    """Whether the native has an argument of this name."""
+    return argument in inspect.signature(native(name)).parameters
+
+
+def trained(name):
+    """Arguments with which the weights move and something is kept from step to step."""
+    return {"lr": 0.05, **({"momentum": 0.9} if takes(name, "momentum") else {})}
 
 
 def make_params(shapes=SHAPES, dtype=torch.float32):
