@@ -84,6 +84,10 @@ class SGD(drop_in(rules.Momentum, rules.Momentum.natives[1])):
             raise ValueError(
                 f"`momentum` must be a float between [0, 1]. Received: momentum={self.momentum!r}"
             )
+        if not isinstance(self.nesterov, bool):  # of no use without momentum, but no mistake
+            raise TypeError(
+                f"`nesterov` must be True or False. Received: nesterov={self.nesterov!r}"
+            )
         return super()._checked(learning_rate)
 
 

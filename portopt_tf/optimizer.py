@@ -131,7 +131,8 @@ class Optimizer(keras.optimizers.Optimizer):
     def _keep(self, program: Program, scalars: Mapping[str, Any]) -> None:
         """Take over the rule's new numbers."""
         for name, value in program.kept(scalars).items():
-            exact = np.float64(value) if isinstance(value, float) else value  # not by way of float32
+            # Keras would cast a float by way of float32.
+            exact = np.float64(value) if isinstance(value, float) else value
             self.assign(self._numbers[name], ops.cast(exact, self._numbers[name].dtype))
 
     def _traced(self, decays: bool, t: Any, learning_rate: Any) -> tuple[Program, dict[str, Any]]:

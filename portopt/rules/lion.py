@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from portopt.arrays import Array, Namespace
-from portopt.rules.base import Decay, NonNegative, Rule, Update, ema
+from portopt.rules.base import Decay, Interval, NonNegative, Rule, Update, ema
 from portopt.rules.native import Native
 
 
@@ -21,7 +21,7 @@ class Lion(Rule):
 
     Args:
         lr: Learning rate, in [0, inf). 0.0001 by default.
-        beta1: Weight of the average in the direction, in [0, 1). 0.9 by default.
+        beta1: Weight of the average in the direction, in (0, 1]. 0.9 by default.
         beta2: Decay of the average gradient, in [0, 1). 0.99 by default.
         weight_decay: Weight decay, in [0, inf). 0.0 by default.
         decoupled: See `Rule`; the paper's is. True by default.
@@ -56,7 +56,7 @@ class Lion(Rule):
     )
 
     lr: NonNegative = 1e-4
-    beta1: Decay = 0.9
+    beta1: Annotated[float, Interval("(0, 1]")] = 0.9
     beta2: Decay = 0.99
     decoupled: bool = True
     slots = ("exp_avg",)

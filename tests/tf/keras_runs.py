@@ -13,6 +13,7 @@ from support import assert_agree, gradients, weights
 
 import portopt_tf
 from portopt import parity
+from portopt_tf.drop_in import CLASSES
 
 CASES = {
     "sgd": ("SGD", {}),
@@ -29,6 +30,8 @@ CASES |= {  # and every other native, as `portopt parity` calls it
     for name, arguments in (case.keras for case in parity.CASES if case.keras)
     if name not in {name for name, _ in CASES.values()}
 }
+NAMES = (*CLASSES,)
+EACH = tuple({name: label for label, (name, _) in CASES.items()}.values())  # one of each class
 MODES = ("eager", "function", "xla")
 RUNS = [  # each case eagerly; what differs between them, in the slower ways too
     *((label, "eager") for label in CASES),
@@ -37,17 +40,23 @@ RUNS = [  # each case eagerly; what differs between them, in the slower ways too
 SHAPES = ((3, 4), (5,), ())
 
 
+def exact_cast(x, dtype):
+    """``keras.ops.cast``, which would take a float by way of float32, for the natives' own 0.96."""
+    return keras.ops.cast(np.float64(x) if isinstance(x, float) else x, dtype)
+
+
 def twins(name, **kwargs):
     """The native optimizer and ours with the same arguments, exact also in float64.
 
-    Keras casts a float by way of float32, but not a NumPy scalar.
+    On TensorFlow and PyTorch, Keras casts a float by way of float32, but not a NumPy scalar.
     """
     kwargs = {"learning_rate": 0.01, **kwargs}
     cls = getattr(keras.optimizers, name)
     for key, parameter in inspect.signature(cls).parameters.items():
         if isinstance(parameter.default, float) and key != "ema_momentum":
             kwargs.setdefault(key, parameter.default)
-    kwargs = {k: np.float64(v) if isinstance(v, float) else v for k, v in kwargs.items()}
+    if keras.config.floatx() == "float64" and keras.backend.backend() != "jax":
+        kwargs = {k: np.float64(v) if isinstance(v, float) else v for k, v in kwargs.items()}
     return cls(**kwargs), getattr(portopt_tf, name)(**kwargs)
 
 
@@ -101,18 +110,24 @@ def small_model(**kwargs):
     return keras.Sequential([keras.layers.Input((4,)), layers[0], tanh, layers[1]])
 
 
+def pair(class_name, *args, **kwargs):
+    """The native and our class called with the same arguments."""
+    return [getattr(each, class_name)(*args, **kwargs) for each in (keras.optimizers, portopt_tf)]
+
+
 def data(rows=24):
     rng = np.random.default_rng(7)
     x = rng.standard_normal((rows, 4))
     return x, np.stack([x.sum(1), x.prod(1)], 1)
 
 
-def fit(optimizer, epochs=3, model=None, callbacks=(), **compile_args):
+def fit(optimizer, epochs=3, model=None, callbacks=(), batches=3, **compile_args):
     """Train the small model; returns it."""
     model = model or small_model()
     model.compile(optimizer, "mse", **compile_args)
     x, y = data()
-    model.fit(x, y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, callbacks=[*callbacks])
+    options = {"shuffle": False, "verbose": 0, "callbacks": [*callbacks]}
+    model.fit(x, y, batch_size=len(x) // batches, epochs=epochs, **options)
     return model
 
 

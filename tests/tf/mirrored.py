@@ -3,17 +3,18 @@
 import keras
 import numpy as np
 import tensorflow as tf
-from keras_runs import assert_variables, case, fit, small_model
+from keras_runs import assert_variables, case, exact_cast, fit, small_model
 
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+keras.src.ops.cast = exact_cast
 keras.config.set_floatx("float64")
 keras.config.set_dtype_policy("float64")
 
 
-def loop(optimizer):
-    """A user's own loop: eager and inside a function."""
+def loop(optimizer, function=False):
+    """A user's own loop, eagerly or inside a function."""
     variable = tf.Variable(np.ones(3))
     optimizer.build([variable])
 
@@ -21,7 +22,10 @@ def loop(optimizer):
         rank = tf.distribute.get_replica_context().replica_id_in_sync_group
         optimizer.apply([variable * scale * tf.cast(rank + 1, "float64")], [variable])
 
-    run = tf.function(lambda: strategy.run(replica, args=(0.5,)))
+    def run():
+        strategy.run(replica, args=(0.5,))
+
+    run = tf.function(run) if function else run
     run()
     run()
     return optimizer, variable
@@ -32,8 +36,11 @@ for index in range(2):
     with strategy.scope():
         model = fit(case("amsgrad")[index], epochs=2, model=small_model(), jit_compile=False)
         assert len(model.weights[0].value.values) == 2
-        optimizer, looped = loop(case("centered")[index])
-    optimizer.apply([tf.ones(3, "float64")], [looped])  # outside the strategy's scope
-    results.append([*model.weights, *looped.values])
+        loops = [loop(case("centered")[index], function=True)]
+        loops += [loop(case(label)[index]) for label in ("amsgrad", "nadam", "lamb")]
+    results.append(model.weights)
+    for optimizer, looped in loops:
+        optimizer.apply([tf.ones(3, "float64")], [looped])  # outside the strategy's scope
+        results[-1] += looped.values
 assert_variables(results[1], results[0], "float64")
 print("agreed")

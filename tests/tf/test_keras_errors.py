@@ -1,12 +1,15 @@
 """Bad input: an error that names the argument, its value and what is allowed; nothing changes."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_runs import arrays, case, raw_variables
+from keras_runs import EACH, NAMES, arrays, case, raw_variables
 
 import portopt_tf
+from portopt_tf.drop_in import CLASSES
 
 nan, inf = float("nan"), float("inf")
 
@@ -52,6 +55,37 @@ def test_values_of_a_wrong_type(name, arguments, allowed):
 
 
 @pytest.mark.parametrize(
+    ("name", "argument"), [(name, argument) for name in NAMES for argument in CLASSES[name].fields]
+)
+def test_every_bad_argument_is_named(name, argument):
+    default = inspect.signature(CLASSES[name]).parameters[argument].default
+    cases = [("x", (TypeError, ValueError))]
+    if isinstance(default, float):
+        cases += [(None, (TypeError, ValueError)), (nan, ValueError), (inf, ValueError)]
+    for value, kind in cases:
+        with pytest.raises(kind, match=f"`{argument}` must be .* Received: {argument}={value!r}"):
+            CLASSES[name](**{argument: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("SGD", "momentum", -0.5),
+        ("Lion", "beta_1", 1.5),
+        ("Ftrl", "initial_accumulator_value", -1.0),
+        ("Ftrl", "learning_rate_power", 1.0),
+        ("Ftrl", "l1_regularization_strength", -1.0),
+        ("Ftrl", "l2_regularization_strength", -1.0),
+        ("Ftrl", "l2_shrinkage_regularization_strength", -1.0),
+    ],
+)
+def test_a_value_that_the_native_refuses_is_refused(name, argument, value):
+    for module in (keras.optimizers, portopt_tf):
+        with pytest.raises(ValueError, match=f"`{argument}` (must|needs to) be"):
+            getattr(module, name)(**{argument: value})
+
+
+@pytest.mark.parametrize(
     ("name", "arguments"),
     [
         ("SGD", {"momentum": 1.5}),
@@ -77,7 +111,14 @@ def everything(variables, optimizer):
     return [*arrays(variables), *arrays(optimizer.variables)]
 
 
-@pytest.mark.parametrize("extra", ({}, {"gradient_accumulation_steps": 2}, {"use_ema": True}))
+@pytest.mark.parametrize(
+    ("label", "extra"),
+    [
+        *((label, {}) for label in EACH),
+        ("amsgrad", {"gradient_accumulation_steps": 2}),
+        ("amsgrad", {"use_ema": True}),
+    ],
+)
 @pytest.mark.parametrize(
     ("grads", "match"),
     [
@@ -87,8 +128,8 @@ def everything(variables, optimizer):
         ([(3, 4), (5,)], "`grads` must have one gradient for each of 3 variables. Received: 2"),
     ],
 )
-def test_gradients_that_do_not_fit_change_nothing(grads, match, extra):
-    _, optimizer = case("amsgrad", **extra)
+def test_gradients_that_do_not_fit_change_nothing(label, grads, match, extra):
+    _, optimizer = case(label, **extra)
     variables = raw_variables("float32")
     optimizer.build(variables)
     before = everything(variables, optimizer)

@@ -1,17 +1,21 @@
 """The numbers are those of the native optimizers, computed in float64."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras_runs import (
     CASES,
+    EACH,
     MODES,
     RUNS,
     apply_steps,
     arrays,
     assert_variables,
     case,
+    pair,
     raw_variables,
     twins,
 )
@@ -31,6 +35,7 @@ OPTIONS = {
         "weight_decay": 0.2,
         "clipvalue": 0.1,
         "use_ema": True,
+        "ema_overwrite_frequency": 2,
         "loss_scale_factor": 2.0,
         "gradient_accumulation_steps": 3,
     },
@@ -69,8 +74,14 @@ def test_float32_is_near_float64(label, mode):
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize(("label", "mode"), [("momentum", "eager"), ("adam", "function")])
+@pytest.mark.parametrize(
+    ("label", "mode", "option"),
+    [
+        *((label, "eager", "all") for label in EACH),
+        *(("momentum", "eager", option) for option in OPTIONS),
+        *(("adam", "function", option) for option in OPTIONS),
+    ],
+)
 def test_every_option_of_keras_agrees(label, option, mode):
     optimizers = case(label, **OPTIONS[option])
     start, native, ours = both(optimizers, mode=mode, steps=7)
@@ -79,25 +90,30 @@ def test_every_option_of_keras_agrees(label, option, mode):
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("mode", MODES[:2])
 @pytest.mark.parametrize(
-    "excluded", ({"var_names": ["w0", "w2"]}, {"var_list": [1]}), ids=("names", "list")
+    ("label", "mode", "by"),
+    [
+        *((label, "eager", "name") for label in EACH),
+        ("adamw", "eager", "list"),
+        ("adamw", "function", "name"),
+        ("adamw", "function", "list"),
+    ],
 )
-def test_excluded_variables_do_not_decay(excluded, mode):
+def test_excluded_variables_do_not_decay(label, mode, by):
     results = []
-    for optimizer in case("adamw", weight_decay=0.5):
+    for optimizer in case(label, weight_decay=0.5):
         variables = raw_variables()
-        if "var_list" in excluded:
-            excluded = {"var_list": [variables[1]]}
-        optimizer.exclude_from_weight_decay(**excluded)
+        if by == "name":
+            optimizer.exclude_from_weight_decay(var_names=["w0", "w2"])
+        else:
+            optimizer.exclude_from_weight_decay(var_list=[variables[1]])
         results.append(apply_steps(optimizer, variables, mode=mode))
     native, ours = results
     assert_variables(ours, native, "float64", raw_variables())
-    _, plain = case("adamw", weight_decay=0.5)
+    _, plain = case(label, weight_decay=0.5)
     plain = apply_steps(plain, raw_variables())
     differs = [not np.array_equal(*pair) for pair in zip(arrays(plain), arrays(ours), strict=True)]
-    kept = [False, True, False] if "var_list" in excluded else [True, False, True]
-    assert differs == kept
+    assert differs == ([True, False, True] if by == "name" else [False, True, False])
 
 
 @pytest.mark.usefixtures("double")
@@ -169,9 +185,13 @@ def test_nan_and_inf_stand_where_they_do_natively(label, mode):
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("label", ("adam",))
-@pytest.mark.parametrize("option", ({}, {"clipnorm": 1.0, "loss_scale_factor": 4.0}), ids=len)
+@pytest.mark.parametrize(
+    ("label", "mode", "option"),
+    [
+        *((label, "eager", {}) for label in EACH),
+        *itertools.product(("adam",), MODES, ({}, {"clipnorm": 1.0, "loss_scale_factor": 4.0})),
+    ],
+)
 def test_repeated_rows_are_summed_as_in_a_dense_gradient(label, mode, option):
     indices = tf.constant([3, 0, 3, 3])
     values = tf.constant(np.arange(8.0).reshape(4, 2) - 3)
@@ -193,7 +213,18 @@ def test_repeated_rows_are_summed_as_in_a_dense_gradient(label, mode, option):
     assert_variables(results[1:], results[:1], "float64", [np.ones((5, 2))])
 
 
-@pytest.mark.parametrize("label", ("momentum", "amsgrad"))
+def test_keras_itself_sums_the_squares_of_repeated_rows():
+    """So there is no native to agree with, but the native's dense gradient."""
+    rows = tf.IndexedSlices(tf.constant([[1.0], [2.0]]), tf.constant([0, 0]), tf.constant([1, 1]))
+    sums = []
+    for optimizer in pair("Adagrad", initial_accumulator_value=0.0):
+        variable = tf.Variable([[1.0]])
+        optimizer.apply([rows], [variable])
+        sums.append(optimizer.variables[2].numpy().item())
+    assert sums == [1.0**2 + 2.0**2, (1.0 + 2.0) ** 2]
+
+
+@pytest.mark.parametrize("label", EACH)
 def test_variables_without_gradient_stay(label):
     results = []
     for optimizer in case(label):
@@ -210,7 +241,7 @@ def test_variables_without_gradient_stay(label):
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("label", ("momentum", "adamw"))
+@pytest.mark.parametrize("label", EACH)
 def test_constraints_hold(label):
     results = []
     for optimizer in case(label, learning_rate=0.5):
