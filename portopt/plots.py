@@ -88,7 +88,8 @@ def step_times(groups: Sequence[Group]) -> Figure:
                 height = timing.seconds / timing.limit
                 axis.bar(place, height, 0.9, color=colors[timing.path])
                 above = max(height, 1.0) if height > 0.6 else height  # clear of the line
-                axis.annotate(f"{height:.2g}", (place, above), ha="center", va="bottom", size=7)
+                label = f"{height:.2g}" if height < 100 else f"{height:.0f}"
+                axis.annotate(label, (place, above), ha="center", va="bottom", size=7)
             mode = "" if group.ours.mode in ("step", "jit") else f"\n{group.ours.mode}"
             ticks[left + (len(timings) - 1) / 2] = group.ours.rule + mode
             left += len(timings) + 1

@@ -1,11 +1,12 @@
-"""The rules: the arithmetic of each optimizer, once."""
+"""The rules: the arithmetic of each optimizer, once.
 
-from portopt.rules.adadelta import Adadelta
-from portopt.rules.adagrad import Adagrad
-from portopt.rules.adam import Adam, AdamW
-from portopt.rules.adamax import Adamax
+A rule is imported where it is first used: `import portopt` is to be quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from portopt.rules.around import Around
-from portopt.rules.asgd import ASGD
 from portopt.rules.base import (
     Decay,
     HyperparameterError,
@@ -15,15 +16,22 @@ from portopt.rules.base import (
     Rule,
     Slots,
 )
-from portopt.rules.ftrl import Ftrl
-from portopt.rules.lamb import Lamb
-from portopt.rules.lion import Lion
-from portopt.rules.nadam import NAdam
 from portopt.rules.native import Native
-from portopt.rules.radam import RAdam
-from portopt.rules.rmsprop import RMSprop
-from portopt.rules.rprop import Rprop
-from portopt.rules.sgd import SGD, Momentum
+
+if TYPE_CHECKING:
+    from portopt.rules.adadelta import Adadelta
+    from portopt.rules.adagrad import Adagrad
+    from portopt.rules.adam import Adam, AdamW
+    from portopt.rules.adamax import Adamax
+    from portopt.rules.asgd import ASGD
+    from portopt.rules.ftrl import Ftrl
+    from portopt.rules.lamb import Lamb
+    from portopt.rules.lion import Lion
+    from portopt.rules.nadam import NAdam
+    from portopt.rules.radam import RAdam
+    from portopt.rules.rmsprop import RMSprop
+    from portopt.rules.rprop import Rprop
+    from portopt.rules.sgd import SGD, Momentum
 
 __all__ = [
     "ASGD",
@@ -51,3 +59,11 @@ __all__ = [
     "Rule",
     "Slots",
 ]
+
+_FILES = {"AdamW": "adam", "Momentum": "sgd"}  # every other rule has a file of its own name
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_FILES.get(name, name.lower())}"), name)
