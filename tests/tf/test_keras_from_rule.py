@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import keras
 import numpy as np
+import plugin
 import pytest
 import tensorflow as tf
 from keras_runs import assert_variables, fit, small_model
@@ -102,3 +103,16 @@ class Undefined(Rule):
 def test_mistakes_are_named(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+def test_classes_by_name(tmp_path, monkeypatch):
+    assert portopt_tf.get("adam") is portopt_tf.Adam
+    assert portopt_tf.get("nadam") is portopt_tf.Nadam
+    assert portopt_tf.get("radam") is portopt_tf.RAdam is portopt_tf.from_rule(rules.RAdam)
+    plugin.install(tmp_path)  # a package that brings a rule
+    monkeypatch.syspath_prepend(tmp_path)
+    variable = keras.Variable([1.0, 1.0])
+    portopt_tf.get("signs")(0.5).apply([keras.ops.array([2.0, -3.0])], [variable])
+    assert variable.numpy().tolist() == [0.5, 1.5]
+    with pytest.raises(AttributeError, match="has no attribute 'Adm'"):
+        _ = portopt_tf.Adm

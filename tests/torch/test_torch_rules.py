@@ -5,6 +5,7 @@ import pickle
 from dataclasses import dataclass
 
 import numpy as np
+import plugin
 import pytest
 import torch
 from support import assert_agree
@@ -19,6 +20,7 @@ from twins import (
     train,
 )
 
+import portopt_torch
 from portopt import rules
 from portopt.rules import Rule
 from portopt.rules.base import Decay, NonNegative
@@ -194,3 +196,18 @@ def test_groups_with_their_own_hyperparameters():
 def test_errors(call, error, words):
     with pytest.raises(error, match=f"^{words}"):
         call(make_params())
+
+
+def test_classes_by_name(tmp_path, monkeypatch):
+    assert portopt_torch.get("adam") is portopt_torch.Adam
+    assert portopt_torch.get("nadam") is portopt_torch.NAdam is portopt_torch.get("NADAM")
+    assert portopt_torch.get("lion") is portopt_torch.Lion is from_rule(rules.Lion)
+    assert {*portopt_torch.names(), "get"} <= {*dir(portopt_torch)}
+    plugin.install(tmp_path)  # a package that brings a rule
+    monkeypatch.syspath_prepend(tmp_path)
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.tensor([2.0, -3.0])
+    portopt_torch.get("signs")([param], lr=0.5).step()
+    assert param.tolist() == [0.5, 1.5]
+    with pytest.raises(AttributeError, match="has no attribute 'Adm'"):
+        _ = portopt_torch.Adm
