@@ -94,7 +94,7 @@ class Ftrl(Rule):
         new, old = self._power(xp, n), self._power(xp, slot.accumulator)
         if self.l2_shrinkage:
             grad = grad + 2 * self.l2_shrinkage * param
-        z = slot.linear + grad - 1 / self.lr * (new - old) * param
+        z = slot.linear + (grad - 1 / self.lr * (new - old) * param)
         clipped = xp.minimum(xp.maximum(z, -self.l1), self.l1) if self.l1 else 0.0
         quadratic = 1 / self.lr * new + (self.beta / self.lr + 2 * self.l2)
         return (clipped - z) / quadratic, {"accumulator": n, "linear": z}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,11 @@ SCRIPT = Path(__file__).parents[1] / "core" / "scenes.py"
 def child(*arguments, **environment):
     """What a scene of ``core/scenes.py`` prints; an error unless it ends well."""
     done = start(*arguments, **environment)
-    output, errors = done.communicate(timeout=100)
+    try:
+        output, errors = done.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        done.send_signal(signal.SIGABRT)  # which makes faulthandler say where it is
+        output, errors = done.communicate(timeout=20)
     if done.returncode:
         raise AssertionError(f"{arguments} ended with {done.returncode}:\n{output}{errors}")
     return output

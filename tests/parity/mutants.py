@@ -54,11 +54,11 @@ def mutants(lr):
         "dampened at the first step": (
             DampenedAtFirst(lr=lr, dampening=0.3, weight_decay=0.1),
             "torch",
-            ("SGD", {"lr": lr, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+            ("SGD", {"lr": lr, "momentum": 0.9, "weight_decay": 0.1, "dampening": 0.3}),
         ),
         "no nesterov": (
             Momentum(lr=lr, maximize=True),
             "torch",
-            ("SGD", {"lr": lr, "momentum": 0.9, "nesterov": True, "maximize": True}),
+            ("SGD", {"lr": lr, "momentum": 0.9, "maximize": True, "nesterov": True}),
         ),
     }
