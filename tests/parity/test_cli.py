@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from portopt import cli, demo, worker
+from portopt.cli import console
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 FRAMEWORKS = [f for f in worker.FRAMEWORKS if worker.missing(f) is None]
@@ -26,7 +27,7 @@ def test_demo_learns_the_digits_in_every_framework(rule, tmp_path):
     done = portopt("demo", "--rule", rule, "--json", "results.json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    expected = ["NumPy"] + [cli.NAMES[f] for f in FRAMEWORKS for _ in range(3)]
+    expected = ["NumPy"] + [console.NAMES[f] for f in FRAMEWORKS for _ in range(3)]
     assert [run["framework"] for run in results["runs"]] == expected
     assert all(run["accuracy"] >= 0.95 for run in results["runs"])
     count = len(FRAMEWORKS)  # with a native each; and NumPy makes one more to compare in pairs
@@ -40,7 +41,7 @@ def test_demo_fails_when_parity_is_lost(monkeypatch, capsys, tmp_path):
     # Only this process has the other rule: the child trains with the real one.
     real = demo.CASES["adam"]
     monkeypatch.setitem(demo.CASES, "adam", replace(real, rule=replace(real.rule, lr=2e-3)))
-    monkeypatch.setattr(cli, "NAMES", {"torch": "PyTorch"})
+    monkeypatch.setattr(console, "NAMES", {"torch": "PyTorch"})
     status = cli.main(["demo", "--epochs", "1", "--plot", str(tmp_path / "demo.png")])
     assert status == 1
     assert "FAILED" in capsys.readouterr().out
