@@ -17,11 +17,14 @@ walking it backwards. Parameters are Variables whose arrays an optimizer updates
 [0, 1, 1, 0]
 
 Where to look: `engine` has the tape, `decorator` the one that also makes a user's own
-operations, `ops` the built-in ones, `nn` layers and losses.
+operations, `ops` the built-in ones, `nn` layers and losses, `evaluation` what a
+computation did as a table, `checkpoints` long chains in little memory.
 """
 
+from portopt.tape.checkpoints import checkpoint
 from portopt.tape.decorator import primitive
-from portopt.tape.engine import Autograd, GradientBuffer, Operation
+from portopt.tape.engine import Autograd, GradientBuffer, Operation, no_grad
+from portopt.tape.evaluation import Line, Trace, trace
 from portopt.tape.nn import (
     MLP,
     Identity,
@@ -64,13 +67,16 @@ __all__ = [
     "GradientBuffer",
     "Identity",
     "Layer",
+    "Line",
     "Linear",
     "Operation",
     "ReLU",
     "Sigmoid",
     "Tanh",
+    "Trace",
     "Variable",
     "add",
+    "checkpoint",
     "div",
     "exp",
     "log",
@@ -80,6 +86,7 @@ __all__ = [
     "mean_squared_error",
     "mul",
     "neg",
+    "no_grad",
     "outer",
     "pow",
     "primitive",
@@ -92,6 +99,7 @@ __all__ = [
     "sub",
     "sum",
     "tanh",
+    "trace",
     "transpose",
     "unbroadcast",
 ]

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from portopt.tape.engine import active_tapes
+from portopt.tape.engine import Operation, active_tapes, grad_enabled
 from portopt.tape.variable import Array, Operand, Variable, check_real, frozen
 
 Result: TypeAlias = tuple[Any, ...]
@@ -22,7 +22,7 @@ def primitive(function: Callable[..., Result]) -> Callable[..., Variable]:
     are, so that they promote nothing) and its keyword arguments as given. It returns a tuple: the
     value, then one vector-Jacobian product (VJP) for each positional argument: a function from the
     gradient of the value to the gradient of that argument, which has that argument's shape. A VJP
-    is called only for arguments that are Variables, and must not write to what it is given.
+    is called only for Variables that require a gradient, and must not write to what it is given.
 
     >>> from portopt.tape import Autograd
     >>> @primitive
@@ -52,18 +52,23 @@ def primitive(function: Callable[..., Result]) -> Callable[..., Variable]:
             shapes = ", ".join(str(np.shape(array)) for array in arrays)
             raise ValueError(f"{name} of operands of shape {shapes}: {error}") from error
         _check_result(result, name, len(operands))
-        output = Variable(result[0])
+        pairs = [
+            (operand, vjp)
+            for operand, vjp in zip(operands, result[1:], strict=True)
+            if isinstance(operand, Variable) and operand.requires_grad
+        ]
+        output = Variable(result[0], requires_grad=bool(pairs) and grad_enabled())
         if tapes:
             output.value = frozen(output.value)
-            pairs = [
-                (operand, vjp)
-                for operand, vjp in zip(operands, result[1:], strict=True)
-                if isinstance(operand, Variable) and operand.dtype.kind == "f"
-            ]
-            if pairs:
-                inputs, vjps = zip(*pairs, strict=True)
-                for active in tapes:
-                    active.record(name, inputs, output, vjps)
+        if tapes and pairs:
+            inputs, vjps = zip(*pairs, strict=True)
+            seen = tuple(
+                operand if isinstance(operand, Variable) else array
+                for operand, array in zip(operands, arrays, strict=True)
+            )
+            operation = Operation(name, seen, inputs, output, vjps)
+            for active in tapes:
+                active.record(operation)
         return output
 
     return call

@@ -3,7 +3,7 @@
 A call of a primitive inside `with Autograd() as autograd:` appends one `Operation` to the list. Its
 gradient slots are the entries of a `GradientBuffer` under its inputs and its output. `backward`
 seeds the slot of the loss, then visits the list from its end: each operation reads the finished
-slot of its output and adds to the slots of its inputs.
+slot of its output and adds to the slots of its inputs. Hooks are called on finished slots.
 
 While a tape is active, a primitive computes on private copies: an operand array that somebody
 could still write is copied once, and the value of every operation is read-only. So gradients are
@@ -20,8 +20,10 @@ learning: a survey", JMLR 18(153), 2018, section 3.2.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,13 +33,26 @@ from portopt.tape.variable import Array, Variable, check_floating, frozen
 VJP: TypeAlias = Callable[[Array], Any]
 
 
-class Operation(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Operation:
     """One line of the tape: what a forward call leaves for the walk backwards."""
 
     name: str
-    inputs: tuple[Variable, ...]  # the floating Variables among the operands
+    operands: tuple[Any, ...]  # Variables; of the others the scalars or arrays that were read
+    inputs: tuple[Variable, ...]  # the operands that require a gradient
     output: Variable
     vjps: tuple[VJP, ...]  # the backward function: output gradient -> gradient, one an input
+
+    def add_gradients(self, slots: GradientBuffer) -> None:
+        """Read the finished slot of the output, and add to those of the inputs."""
+        finished = frozen(slots.get(self.output))
+        for variable, vjp in zip(self.inputs, self.vjps, strict=True):
+            returned = vjp(finished)
+            try:
+                slots.accumulate(variable, returned)
+            except (TypeError, ValueError) as error:
+                problem = f"vjp of {self.name} for an input of shape {variable.shape}: {error}"
+                raise type(error)(problem) from error
 
 
 class GradientBuffer:
@@ -88,6 +103,16 @@ class GradientBuffer:
         for variable, gradient in other._slots.items():
             self.accumulate(variable, gradient)
 
+    def pop(self, variable: Variable) -> Array:
+        """Drop the slot of `variable`, and return what `get` would have returned."""
+        slot = self.get(variable)
+        self._slots.pop(variable, None)
+        return slot
+
+    def variables(self) -> tuple[Variable, ...]:
+        """Return the variables that a gradient has reached, in the order in which it did."""
+        return tuple(self._slots)
+
     def clear(self) -> None:
         """Drop all slots."""
         self._slots.clear()
@@ -124,11 +149,9 @@ class Autograd:
         """Stop recording."""
         _active.tapes.remove(self)
 
-    def record(
-        self, name: str, inputs: Sequence[Variable], output: Variable, vjps: Sequence[VJP]
-    ) -> None:
+    def record(self, operation: Operation) -> None:
         """Append one operation to the list."""
-        self.operations.append(Operation(name, tuple(inputs), output, tuple(vjps)))
+        self.operations.append(operation)
 
     def backward(self, loss: Variable, gradient: ArrayLike | None = None) -> None:
         """Add the gradients of `loss` for every variable it depends on to `self.buffer`.
@@ -147,7 +170,11 @@ class Autograd:
             ValueError: `loss` was not recorded here, or has axes and no `gradient` is given;
                 `gradient` or what a VJP returns has the wrong shape.
         """
-        self.buffer.add(self._walk(loss, gradient))
+        # In the shared buffer a second walk would send the gradients of the first one down again.
+        slots = GradientBuffer()
+        for _ in self.walk(loss, slots, gradient):
+            pass
+        self.buffer.add(slots)
 
     @overload
     def gradients(self, loss: Variable, wrt: Variable) -> Array: ...
@@ -168,37 +195,40 @@ class Autograd:
 
         Raises:
             TypeError: `wrt` holds anything but floating Variables; or as `backward`.
-            ValueError: as `backward`.
+            ValueError: a Variable of `wrt` is frozen; or as `backward`.
         """
         _check_wrt(wrt)
-        walk = self._walk(loss, None)
+        slots = GradientBuffer()
+        for _ in self.walk(loss, slots):
+            pass
         if isinstance(wrt, Variable):
-            return walk.get(wrt)
+            return slots.get(wrt)
         # Copies: one variable may stand under two names, and a caller may scale each in place.
         if isinstance(wrt, Mapping):
-            return {name: walk.get(variable).copy() for name, variable in wrt.items()}
-        return [walk.get(variable).copy() for variable in wrt]
+            return {name: slots.get(variable).copy() for name, variable in wrt.items()}
+        return [slots.get(variable).copy() for variable in wrt]
 
-    def _walk(self, loss: Variable, gradient: ArrayLike | None) -> GradientBuffer:
-        """Walk the list backwards once, into a buffer of its own.
+    def walk(
+        self, loss: Variable, slots: GradientBuffer, gradient: ArrayLike | None = None
+    ) -> Iterator[Operation]:
+        """Walk the list backwards once, as `backward` does, and stop after every operation.
 
-        In a shared buffer a second walk would send the gradients of the first one down again.
+        Args:
+            loss: as in `backward`.
+            slots: an empty buffer, which is filled on the way.
+            gradient: as in `backward`.
+
+        Yields:
+            Each operation that `loss` depends on, the last first, when it has added to the slots
+            of its inputs.
         """
         self._check_loss(loss, scalar=gradient is None)
-        walk = GradientBuffer()
-        walk.accumulate(loss, np.ones_like(loss.value) if gradient is None else gradient)
-        for name, inputs, output, vjps in reversed(self.operations):
-            if output not in walk:
-                continue
-            finished = frozen(walk.get(output))
-            for variable, vjp in zip(inputs, vjps, strict=True):
-                returned = vjp(finished)
-                try:
-                    walk.accumulate(variable, returned)
-                except (TypeError, ValueError) as error:
-                    problem = f"vjp of {name} for an input of shape {variable.shape}: {error}"
-                    raise type(error)(problem) from error
-        return walk
+        slots.accumulate(loss, np.ones_like(loss.value) if gradient is None else gradient)
+        yield from visit(self.operations, slots)
+        computed = {operation.output for operation in self.operations}
+        for variable in slots.variables():
+            if variable not in computed:
+                _call_hooks(variable, slots)
 
     def _check_loss(self, loss: Variable, *, scalar: bool) -> None:
         if not isinstance(loss, Variable):
@@ -206,7 +236,8 @@ class Autograd:
         check_floating(loss.dtype, "loss")
         if not any(operation.output is loss for operation in reversed(self.operations)):
             raise ValueError(
-                f"loss must be computed on this tape from a floating Variable, got {loss}"
+                "loss must be computed on this tape from a floating Variable that requires a "
+                f"gradient, got {loss}"
             )
         if scalar and loss.shape != ():
             raise ValueError(
@@ -214,11 +245,33 @@ class Autograd:
             )
 
 
+def visit(operations: Sequence[Operation], slots: GradientBuffer) -> Iterator[Operation]:
+    """Walk a list backwards from the slots there are; yields what `Autograd.walk` does."""
+    for operation in reversed(operations):
+        if operation.output in slots:
+            _call_hooks(operation.output, slots)
+            operation.add_gradients(slots)
+            yield operation
+
+
+def _call_hooks(variable: Variable, slots: GradientBuffer) -> None:
+    """Show the finished slot of `variable` to its hooks in turn; each may replace it."""
+    for hook in variable.hooks:
+        replacement = hook(frozen(slots.get(variable)))
+        if replacement is not None:
+            slots.pop(variable)
+            try:
+                slots.accumulate(variable, replacement)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"hook of {variable}: {error}") from error
+
+
 class _Active(threading.local):
     """The tapes that record in this thread, outermost first."""
 
     def __init__(self) -> None:
         self.tapes: list[Autograd] = []
+        self.no_grad = False
 
 
 _active = _Active()
@@ -227,6 +280,33 @@ _active = _Active()
 def active_tapes() -> list[Autograd]:
     """Return the tapes that record in this thread, outermost first."""
     return _active.tapes
+
+
+def grad_enabled() -> bool:
+    """Whether what is computed now may require a gradient: not directly under `no_grad`."""
+    return bool(_active.tapes) or not _active.no_grad
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """Record nothing: what is computed here is a constant. Also a decorator, `@no_grad()`.
+
+    A tape entered inside records again, alone: those outside stay out of it.
+
+    >>> w = Variable(3.0)
+    >>> with Autograd() as autograd:
+    ...     with no_grad():
+    ...         scale = w * w
+    ...     loss = scale * w
+    >>> scale.requires_grad, autograd.gradients(loss, w)
+    (False, array(9.))
+    """
+    outside = _active.tapes, _active.no_grad
+    _active.tapes, _active.no_grad = [], True
+    try:
+        yield
+    finally:
+        _active.tapes, _active.no_grad = outside
 
 
 def _check_wrt(wrt: object) -> None:
@@ -244,3 +324,5 @@ def _check_wrt(wrt: object) -> None:
         if not isinstance(variable, Variable):
             raise TypeError(f"{argument} must be a Variable, got {type(variable).__name__}")
         check_floating(variable.dtype, argument)
+        if not variable.requires_grad:
+            raise ValueError(f"{argument} must require a gradient, but its requires_grad is False")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from portopt import tape  # looked into at call time only: ops.py is built on this module
 
 Array: TypeAlias = NDArray[Any]
+Hook: TypeAlias = Callable[[Array], ArrayLike | None]
 
 
 class Variable:
@@ -21,20 +23,26 @@ class Variable:
 
     Args:
         value: real numbers of any shape; gradients exist for floating dtypes only.
+        requires_grad: False freezes it: no gradient is computed for it, nor through it. May be set
+            later; it counts when an operation is recorded. Always False for other dtypes.
 
     Raises:
         TypeError: `value` is not made of real numbers (object, string and complex arrays).
     """
 
-    __slots__ = ("__weakref__", "value")
+    __slots__ = ("__weakref__", "hooks", "requires_grad", "value")
     __array_ufunc__ = None  # makes `ndarray * variable` call our __rmul__
 
     value: Array
+    requires_grad: bool
+    hooks: tuple[Hook, ...]
 
-    def __init__(self, value: ArrayLike) -> None:
+    def __init__(self, value: ArrayLike, *, requires_grad: bool = True) -> None:
         """Hold `value` as an array."""
         self.value = np.asarray(value)
         check_real(self.value, "value")
+        self.requires_grad = requires_grad and self.value.dtype.kind == "f"
+        self.hooks = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,6 +58,45 @@ class Variable:
     def T(self) -> Variable:  # noqa: N802 (NumPy's name)
         """The variable with its axes reversed."""
         return tape.transpose(self)
+
+    def detach(self) -> Variable:
+        """Return a frozen Variable of the same array: a constant wherever it is used.
+
+        >>> x = Variable(3.0)
+        >>> with tape.Autograd() as autograd:
+        ...     loss = x * x.detach()
+        >>> autograd.gradients(loss, x)
+        array(3.)
+        """
+        return Variable(self.value, requires_grad=False)
+
+    def register_hook(self, hook: Hook) -> RemovableHook:
+        """Call `hook` with the gradient of this variable in every backward pass.
+
+        It is called once a pass, when all operations that use the variable have added their share
+        (those of parameters and other leaves at the end), and must not write to what it is given.
+        What it returns replaces the gradient, here and in all that depends on it; None keeps it.
+        Several hooks are called in the order of registration, each with what the last one left.
+
+        Returns:
+            What removes the hook: `.remove()`.
+
+        Raises:
+            RuntimeError: the variable does not require a gradient.
+
+        Source: `torch.Tensor.register_hook`.
+
+        >>> x = Variable(3.0)
+        >>> with tape.Autograd() as autograd:
+        ...     square = x * x
+        ...     loss = square * 2.0
+        >>> handle = square.register_hook(lambda gradient: gradient * 10.0)
+        >>> autograd.gradients(loss, x)
+        array(120.)
+        """
+        if not self.requires_grad:
+            raise RuntimeError(f"a hook needs a variable that requires a gradient, got {self}")
+        return RemovableHook(self, hook)
 
     def __repr__(self) -> str:
         """Shape and dtype; the numbers are in `value`."""
@@ -109,6 +156,21 @@ class Variable:
 
 
 Operand: TypeAlias = Variable | ArrayLike
+
+
+class RemovableHook:
+    """A hook on a variable, until `remove` is called."""
+
+    def __init__(self, variable: Variable, hook: Hook) -> None:
+        """Register the hook."""
+        self._variable = variable
+        self._call = lambda gradient: hook(gradient)  # one of its own: a hook may be there twice
+        variable.hooks += (self._call,)
+
+    def remove(self) -> None:
+        """Take the hook away; a second time does nothing."""
+        hooks = self._variable.hooks
+        self._variable.hooks = tuple(call for call in hooks if call is not self._call)
 
 
 def frozen(array: Array) -> Array:
