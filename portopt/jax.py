@@ -14,7 +14,7 @@ from portopt.arrays import STORAGE_DTYPES, compute_dtype
 from portopt.program import Program
 from portopt.rules import Rule
 from portopt.rules.around import initial
-from portopt.rules.base import PARAM
+from portopt.rules.base import PARAM, Slots
 from portopt.trace import trace
 
 Pytree: TypeAlias = Any
@@ -26,7 +26,8 @@ class State(NamedTuple):
 
     Attributes:
         count: The number of steps made: a 0-d int32 array.
-        slots: For each slot of the rule a pytree like the parameters'.
+        slots: For each slot of the rule a pytree like the parameters'; with an empty array where
+            the rule keeps none for a parameter of that shape.
         numbers: Each number of the rule (`Rule.numbers`), the same for all parameters: a 0-d
             float32 array.
     """
@@ -92,11 +93,12 @@ class Optimizer:
             value = initial(rule, slot)
             if value is PARAM:
                 return jax.tree.map(jnp.array, params)
-            return jax.tree.map(lambda param: jnp.full_like(param, value), params)
+            return jax.tree.map(
+                lambda param: jnp.full_like(param, value, shape=_shape(rule, slot, param)), params
+            )
 
-        program = trace(rule)
-        slots = {slot: begin(slot) for slot in program.slots}
-        numbers = {name: jnp.asarray(rule.initial(name), "float32") for name in program.numbers}
+        slots = {slot: begin(slot) for slot in rule.slots}
+        numbers = {name: jnp.asarray(rule.initial(name), "float32") for name in rule.numbers}
         return State(jnp.zeros((), "int32"), slots, numbers)
 
     def step(self, params: Pytree, state: State, grads: Pytree) -> tuple[Pytree, State]:
@@ -123,21 +125,44 @@ class Optimizer:
         import jax.numpy as jnp
 
         rule = self._rule(state.count)
-        program = trace(rule)
-        stored = _stored(program, grads, state, params)
-        scalars, numbers = _scalars(program, rule, state)
+        stored = _stored(rule, grads, state, params)
+        scalars, numbers = _scalars(trace(rule), rule, state)
 
         def update(*leaves: Any) -> dict[str, Any]:
             old = dict(zip(stored, map(jnp.asarray, leaves), strict=True))
+            program = trace(rule, shape=old["param"].shape)
+            own = _scalars(program, rule, state)[0] if rule.by_shape else scalars
             dtype = compute_dtype(old["param"].dtype.name)
             arrays = {key: array.astype(dtype) for key, array in old.items()}
-            new = program.run(jnp, scalars[dtype], arrays)  # type: ignore[arg-type]
-            return {key: array.astype(old[key].dtype) for key, array in new.items()}
+            new = program.run(jnp, own[dtype], arrays)  # type: ignore[arg-type]
+            del old["grad"]
+            return {key: new.get(key, x).astype(x.dtype) for key, x in old.items()}
 
         by_leaf = jax.tree.map(update, *stored.values())
-        names = {name: 0 for name, _ in program.outputs}
+        names = {name: 0 for name in ("param", *rule.slots)}
         new = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure(names), by_leaf)
         return new.pop("param"), State(state.count + 1, new, numbers)
+
+    def evaluated(self, params: Pytree, state: State) -> Pytree:
+        """The parameters to evaluate a model with: others than to train with for some rules.
+
+        Raises:
+            TypeError, ValueError: as `step`.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        rule = self._rule(state.count)
+        stored = _stored(rule, params, state, params)
+
+        def one(*leaves: Any) -> Any:
+            old = dict(zip(stored, map(jnp.asarray, leaves), strict=True))
+            dtype = compute_dtype(old["param"].dtype.name)
+            arrays = {key: array.astype(dtype) for key, array in old.items()}
+            new = rule.evaluated(jnp, arrays["param"], Slots(arrays))  # type: ignore[arg-type]
+            return new.astype(old["param"].dtype)  # type: ignore[attr-defined]
+
+        return jax.tree.map(one, *stored.values())
 
     def _rule(self, count: Any) -> Rule:
         """The rule at the learning rate of this step."""
@@ -185,15 +210,22 @@ def gradient_transformation(rule: Rule, lr: LearningRate | None = None) -> Any:
     return optax.GradientTransformation(optimizer.init, update)
 
 
+def double_precision() -> Any:
+    """A context in which JAX has float64, whatever its configuration."""
+    import jax
+
+    # Before jax.enable_x64 it was jax.experimental.enable_x64.
+    holder: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
+    return holder.enable_x64(True)
+
+
 def _scalars(
     program: Program, rule: Rule, state: State
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """For each compute dtype the program's scalars, formed in float64, and the new numbers."""
     import jax
 
-    # Before jax.enable_x64 it was jax.experimental.enable_x64.
-    holder: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
-    with holder.enable_x64(True):
+    with double_precision():
 
         def double(x: Any) -> Any:
             return x if isinstance(x, float) else jax.numpy.asarray(x, "float64")
@@ -209,20 +241,25 @@ def _scalars(
         return by_dtype, numbers
 
 
-def _stored(program: Program, grads: Pytree, state: State, params: Pytree) -> dict[str, Pytree]:
-    """The program's arrays, each a pytree like ``params``, which is checked."""
+def _shape(rule: Rule, slot: str, param: Any) -> tuple[int, ...]:
+    """The shape of a parameter's slot; that of an empty array for none."""
+    return rule.slot_shapes(tuple(param.shape)).get(slot, (0,))
+
+
+def _stored(rule: Rule, grads: Pytree, state: State, params: Pytree) -> dict[str, Pytree]:
+    """The rule's arrays, each a pytree like ``params``, which is checked."""
     import jax
     import jax.numpy as jnp
 
     _check_dtypes(params)
-    wanted, got = [[*program.slots], [*program.numbers]], [[*state.slots], [*state.numbers]]
+    wanted, got = [[*rule.slots], [*rule.numbers]], [[*state.slots], [*state.numbers]]
     if [*map(sorted, wanted)] != [*map(sorted, got)]:
         raise ValueError(
             f"state must have the slots {wanted[0]} and the numbers {wanted[1]} of "
-            f"{program.rule}, got {got[0]} and {got[1]}"
+            f"{type(rule).__name__}, got {got[0]} and {got[1]}"
         )
     stored = {"param": params, "grad": grads}
-    stored |= {slot: state.slots[slot] for slot in program.slots}
+    stored |= {slot: state.slots[slot] for slot in rule.slots}
     structure: Any = jax.tree.structure(params)
     for name, tree in stored.items():
         what = {"param": "params", "grad": "grads"}.get(name, f"state.slots[{name!r}]")
@@ -231,9 +268,10 @@ def _stored(program: Program, grads: Pytree, state: State, params: Pytree) -> di
             raise ValueError(f"{what} must be a pytree like params, {structure}, got {own}")
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         for (path, leaf), param in zip(leaves, jax.tree.leaves(params), strict=True):
-            if jnp.shape(leaf) != jnp.shape(param):
+            shape = _shape(rule, name, param) if name in rule.slots else jnp.shape(param)
+            if jnp.shape(leaf) != shape:
                 where = what + jax.tree_util.keystr(path)
-                raise ValueError(f"{where} must have shape {param.shape}, got {leaf.shape}")
+                raise ValueError(f"{where} must have shape {shape}, got {leaf.shape}")
     return stored
 
 

@@ -17,8 +17,8 @@ from portopt.arrays import STORAGE_DTYPES, Namespace, compute_dtype
 from portopt.program import Program
 from portopt.rules import Around, Rule
 from portopt.rules.around import initial
-from portopt.rules.base import PARAM
-from portopt.trace import trace
+from portopt.rules.base import PARAM, Slots
+from portopt.trace import specialized, trace
 
 NDArray: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = "Sequence[NDArray] | Mapping[str, NDArray]"
@@ -42,6 +42,7 @@ class Optimizer:
             "params" its arrays by name.
         state: For each parameter that has had a gradient, by name, its "step" (an int) and the
             slots that its rule has: one that a hyperparameter turns off is dropped.
+        training: Whether the parameters are those to train, and not those of `eval`.
 
     Raises:
         TypeError: a parameter is no array, or of another dtype; an unknown hyperparameter.
@@ -72,6 +73,7 @@ class Optimizer:
         self.rule, self.around = rule, around or Around()
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[Name, dict[str, Any]] = {}
+        self.training = True
         groups: Any = params
         if not (isinstance(params, Sequence) and params and isinstance(params[0], Mapping)):
             groups = [{"params": params}]
@@ -108,7 +110,10 @@ class Optimizer:
                 raise ValueError(f"params[{name!r}] is there already, as params[{other!r}]")
             seen[id(array)] = name
         hyper = {key: value for key, value in group.items() if key != "params"}
-        self.param_groups.append({"params": named, **_values(self._rule(hyper))})
+        rule = self._rule(hyper)
+        for array in named.values():
+            rule.slot_shapes(array.shape)  # whether it takes such a parameter
+        self.param_groups.append({"params": named, **_values(rule)})
 
     def step(self, grads: Sequence[NDArray | None] | Mapping[str, NDArray | None]) -> None:
         """Update every parameter that has a gradient.
@@ -122,7 +127,9 @@ class Optimizer:
             TypeError, ValueError: a gradient is missing, unknown, or of another shape or dtype, or
                 a group's hyperparameter is not allowed, or the rule cannot be traced; nothing is
                 changed then.
+            RuntimeError: after `eval`, for a rule that has other weights then.
         """
+        self._check_training()
         checked = self._checked_grads(grads)
         rules = [self._rule(_hyper(group)) for group in self.param_groups]
         values = vars(self.around)
@@ -135,23 +142,52 @@ class Optimizer:
                 return
         work = []
         for rule, group in zip(rules, self.param_groups, strict=True):
-            program = trace(rule, self.around)
-            fixed, known = values | vars(rule), {}
+            program, fixed = trace(rule, self.around), values | vars(rule)
+            known: dict[tuple[Any, ...], dict[str, Any]] = {}
             for name, param in group["params"].items():
                 if checked[name] is not None:
-                    state = _state(self.state.get(name, {}), rule, program, param)
+                    mine = specialized(program, rule, self.around, param.shape)
+                    state = _state(self.state.get(name, {}), rule, mine, param)
                     state["step"] += 1
-                    own = {number: state[number] for number in program.numbers}
-                    key = (state["step"], *own.values())
+                    own = {number: state[number] for number in mine.numbers}
+                    key = (id(mine), state["step"], *own.values())
                     if key not in known:  # once for all parameters that share it
-                        known[key] = program.scalars(fixed | own, state["step"])
-                    state |= _rounded(program.kept(known[key]), param)
+                        known[key] = mine.scalars(fixed | own, state["step"])
+                    state |= _rounded(mine.kept(known[key]), param)
                     arrays = {"param": param, "grad": checked[name], **state}
-                    operands = tuple(arrays[operand] for operand in program.operands)
-                    work.append(_Work(name, program, known[key], operands, state))
+                    operands = tuple(arrays[operand] for operand in mine.operands)
+                    work.append(_Work(name, mine, known[key], operands, state))
         for item in work:
             self.state[item.name] = item.state
         _run(work)
+
+    def eval(self) -> None:
+        """Put the weights to evaluate the model with in the place of those to train.
+
+        They are others for the rules that average them (`Rule.has_modes`: the schedule-free ones).
+        """
+        self._switch(training=False)
+
+    def train(self) -> None:
+        """Undo `eval`, to go on training."""
+        self._switch(training=True)
+
+    def _switch(self, *, training: bool) -> None:
+        if training == self.training:
+            return
+        self.training = training
+        for group in self.param_groups:
+            rule = self._rule(_hyper(group))
+            for name, param in group["params"].items():
+                if rule.has_modes and name in self.state:
+                    dtype = np.dtype(compute_dtype(param.dtype.name))
+                    slots = {k: np.asarray(x, dtype) for k, x in self.state[name].items()}
+                    to = rule.trained if training else rule.evaluated
+                    param[...] = to(cast(Namespace, np), param.astype(dtype), Slots(slots))
+
+    def _check_training(self) -> None:
+        if not self.training and self.rule.has_modes:
+            raise RuntimeError("the weights are those of eval(): call train() first")
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that `load_state_dict` needs to go on from here.
@@ -159,13 +195,17 @@ class Optimizer:
         Returns:
             "state": for each parameter by name, its "step" and slots; "param_groups": for each
             group, its hyperparameters and under "params" the names of its parameters.
+
+        Raises:
+            RuntimeError: after `eval`, for a rule that has other weights then.
         """
+        self._check_training()
         state: dict[Name, dict[str, Any]] = {}
         for group in self.param_groups:
             rule = self._rule(_hyper(group))
             for name, param in group["params"].items():
                 if name in self.state:
-                    program = trace(rule, self.around)
+                    program = trace(rule, self.around, param.shape)
                     state[name] = _copy(_state(self.state[name], rule, program, param))
         groups = [{**_hyper(group), "params": list(group["params"])} for group in self.param_groups]
         return {"state": state, "param_groups": groups}
@@ -190,7 +230,7 @@ class Optimizer:
         for name, entries in state_dict["state"].items():
             if name not in arrays:
                 raise ValueError(f"state[{name!r}] is of no parameter: there are {list(arrays)}")
-            _check_state(name, entries, trace(rule_of[name], self.around), arrays[name])
+            _check_state(name, entries, rule_of[name], self.around, arrays[name])
         self.state = {
             name: {**_copy(entries), "step": int(entries["step"])}
             for name, entries in state_dict["state"].items()
@@ -257,10 +297,11 @@ def _state(
     entries: Mapping[str, Any], rule: Rule, program: Program, param: NDArray
 ) -> dict[str, Any]:
     """A parameter's state with just the slots that the program has now."""
+    shapes = rule.slot_shapes(param.shape)
 
     def begin(slot: str) -> NDArray:
-        value = initial(rule, slot)
-        return np.full_like(param, param if value is PARAM else value, subok=False)
+        value, shape = initial(rule, slot), shapes.get(slot, param.shape)
+        return np.full_like(param, param if value is PARAM else value, subok=False, shape=shape)
 
     slots = {slot: entries[slot] if slot in entries else begin(slot) for slot in program.slots}
     first = {name: rule.initial(name) for name in program.numbers if name not in entries}
@@ -323,7 +364,7 @@ def _norm(grads: list[NDArray]) -> float:
     for dtype, some in alike.items():
         square_sum = cpu.SquareSum(dtype, [*map(_address, some)], [grad.size for grad in some])
         totals.append(square_sum.run(cpu.threads()))
-    return math.sqrt(sum(totals))
+    return math.sqrt(math.fsum(totals))  # in whatever order the gradients come
 
 
 def _takes(arrays: Sequence[NDArray]) -> bool:
@@ -386,7 +427,10 @@ def _check_param(name: Name, array: Any) -> None:
         raise ValueError(f"params[{name!r}] must be writable, got a read-only array")
 
 
-def _check_state(name: Name, entries: Mapping[str, Any], program: Program, param: NDArray) -> None:
+def _check_state(
+    name: Name, entries: Mapping[str, Any], rule: Rule, around: Around, param: NDArray
+) -> None:
+    program, shapes = trace(rule, around, param.shape), rule.slot_shapes(param.shape)
     slots = [*program.numbers, *program.slots]
     if not isinstance(entries, Mapping) or set(entries) != {"step", *slots}:
         got = list(entries) if isinstance(entries, Mapping) else entries
@@ -403,7 +447,8 @@ def _check_state(name: Name, entries: Mapping[str, Any], program: Program, param
         array = entries[slot]
         if not isinstance(array, np.ndarray) or array.dtype.name not in STORAGE_DTYPES:
             raise TypeError(f"state[{name!r}][{slot!r}] must be an array of floats, got {array!r}")
-        if array.shape != param.shape:
+        shape = shapes.get(slot, param.shape)
+        if array.shape != shape:
             raise ValueError(
-                f"state[{name!r}][{slot!r}] must have shape {param.shape}, got {array.shape}"
+                f"state[{name!r}][{slot!r}] must have shape {shape}, got {array.shape}"
             )

@@ -25,6 +25,7 @@ from portopt.rules import (
     ASGD,
     SGD,
     Adadelta,
+    Adafactor,
     Adagrad,
     Adam,
     Adamax,
@@ -66,6 +67,11 @@ class Case:
     rule: Rule
     torch: Twin | None = None
     keras: Twin | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the parameters of `problem`: matrices for a rule that looks at it."""
+        return (64, 64) if self.rule.by_shape else (4096,)
 
     @property
     def options(self) -> str:
@@ -124,6 +130,11 @@ CASES = (
     *_cases(Lamb, keras=[{}, DECAY]),
     *_cases(Lion, keras=[{}, DECAY]),
     *_cases(
+        Adafactor,
+        torch=[{}, DECAY | UP | {"eps": (1e-3, 1e-2), "d": 2.0, "beta2_decay": -0.5}],
+        keras=[{}, DECAY | {"clip_threshold": 2.0}],
+    ),
+    *_cases(
         Ftrl,
         keras=[
             {},
@@ -137,6 +148,9 @@ CASES = (
     ),
 )
 """Every rule with every option that a native optimizer has too."""
+
+IN_BFLOAT16 = ("torch.optim.Muon",)
+"""What computes in bfloat16 whatever the dtype: float64 is then the rule's own, on NumPy."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +183,10 @@ class Row:
         return self.ratio <= LIMIT and self.slot_ratio <= SLOT_LIMIT
 
 
-def problem(dtype: str = "float32") -> tuple[Arrays, list[Arrays]]:
-    """Parameters and the gradients of each step, the same for every dtype.
+def problem(
+    dtype: str = "float32", shape: tuple[int, ...] = (4096,)
+) -> tuple[Arrays, list[Arrays]]:
+    """Parameters and the gradients of each step, the same numbers for every dtype and shape.
 
     Parameters start at ordinary size, small, and at zero, where the rounding of the weights does
     not cover that of the update. Gradients have random signs, magnitudes from 1e-9 to 10, zeros.
@@ -185,7 +201,7 @@ def problem(dtype: str = "float32") -> tuple[Arrays, list[Arrays]]:
         return np.where(rng.random(size) < 0.05, 0.0, grad)
 
     def exact(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return array.astype(np.float32).astype(dtype)
+        return array.astype(np.float32).astype(dtype).reshape(shape)
 
     grads = [{name: exact(gradient()) for name in params} for _ in range(STEPS)]
     return {name: exact(param) for name, param in params.items()}, grads
@@ -193,14 +209,14 @@ def problem(dtype: str = "float32") -> tuple[Arrays, list[Arrays]]:
 
 def on_numpy(rule: Rule, dtype: str = "float32") -> Arrays:
     """The parameters and slots after `problem`, through `portopt.Optimizer`."""
-    params, grads = problem(dtype)
+    params, grads = problem(dtype, Case(rule).shape)
     optimizer = Optimizer(rule, params)
     for grad in grads:
         optimizer.step(grad)
     slots = {
         f"{slot} of {name}": optimizer.state[name][slot]
         for name in params
-        for slot in trace(rule).slots
+        for slot in optimizer.state[name].keys() - {"step", *rule.numbers}
     }
     return params | slots
 
@@ -209,8 +225,9 @@ def on_jax(rule: Rule) -> Arrays:
     """The same through JAX, compiled, as a user's own loop would."""
     import jax
 
-    params, grads = problem()
-    program = trace(rule)
+    shape = Case(rule).shape
+    params, grads = problem(shape=shape)
+    program, shapes = trace(rule, shape=shape), rule.slot_shapes(shape)
 
     def step(scalars: Any, param: Any, grad: Any, slots: Any) -> Any:
         return program.run(
@@ -220,7 +237,9 @@ def on_jax(rule: Rule) -> Arrays:
     compiled = jax.jit(step)
     results: Arrays = {}
     for name, param in params.items():
-        slots = {slot: np.full_like(param, rule.initial(slot)) for slot in program.slots}
+        slots = {
+            slot: np.full(shapes[slot], rule.initial(slot), param.dtype) for slot in program.slots
+        }
         arrays = {"param": param, **slots}
         numbers = {number: rule.initial(number) for number in program.numbers}
         for t, grad in enumerate(grads, 1):
@@ -246,7 +265,7 @@ def _arguments(values: Mapping[str, Any]) -> str:
 
 def answer(
     framework: str,
-    native: Callable[[Twin, str], Arrays],
+    native: Callable[[Twin, str, tuple[int, ...]], Arrays],
     ours: Callable[[Rule], Arrays],
     path: str,
 ) -> None:
@@ -254,7 +273,7 @@ def answer(
 
     Args:
         framework: "torch" or "keras".
-        native: Runs a native optimizer in a dtype.
+        native: Runs a native optimizer in a dtype on a shape.
         ours: Runs a rule in float32.
         path: The file to write.
     """
@@ -264,7 +283,7 @@ def answer(
         twin = getattr(case, framework)
         if twin is not None:
             for dtype in ("float32", "float64"):
-                runs[f"{dtype} {twin_name(framework, twin)}"] = native(twin, dtype)
+                runs[f"{dtype} {twin_name(framework, twin)}"] = native(twin, dtype, case.shape)
         for run, arrays in runs.items():
             results |= {f"{run}|{name}": array for name, array in arrays.items()}
         worker.emit(done=str(case.rule))
@@ -297,8 +316,8 @@ def distances(result: Arrays, reference: Arrays) -> dict[str, float]:
         return float(np.sqrt(np.mean(np.square(array))))
 
     return {
-        name: rms(result[name].astype(np.float64) - expected)
-        / rms(expected - start.get(name, np.float64(0)))
+        name: rms(result[name].astype(np.float64).ravel() - expected.ravel())
+        / rms(expected.ravel() - start.get(name, np.float64(0)))
         for name, expected in reference.items()
     }
 
@@ -324,6 +343,8 @@ def rows(
                 continue
             name = twin_name(framework, twin)
             reference = runs[f"float64 {name}"]
+            if name.split("(")[0] in IN_BFLOAT16:
+                reference = on_numpy(case.rule, "float64")
             theirs = distances(runs[f"float32 {name}"], reference)
             for backend, result in results.items():
                 ours = distances(result, reference)

@@ -40,6 +40,7 @@ OPS: dict[str, Op] = {
     "mul": Op(lambda xp, a, b: a * b, 2, "*", 3),
     "div": Op(lambda xp, a, b: a / b, 2, "/", 3),
     "neg": Op(lambda xp, a: -a, 1, "-", 4),
+    "matmul": Op(lambda xp, a, b: a @ b, 2, "@", 3),
     "pow": Op(lambda xp, a, b: a**b, 2, "**", 5),
     "abs": Op(lambda xp, a: abs(a), 1, "abs", 9),
     "exp": Op(lambda xp, a: xp.exp(a), 1, "exp", 9),
@@ -47,15 +48,17 @@ OPS: dict[str, Op] = {
     "sign": Op(lambda xp, a: xp.sign(a), 1, "sign", 9),
     "sqrt": Op(lambda xp, a: xp.sqrt(a), 1, "sqrt", 9),
     "sum": Op(lambda xp, a: xp.sum(a), 1, "sum", 9),
+    "sum_axis": Op(lambda xp, a, axis: xp.sum(a, axis=axis, keepdims=True), 2, "sum_axis", 9),
+    "matrix_transpose": Op(lambda xp, a: xp.matrix_transpose(a), 1, "matrix_transpose", 9),
     "maximum": Op(lambda xp, a, b: xp.maximum(a, b), 2, "maximum", 9),
     "minimum": Op(lambda xp, a, b: xp.minimum(a, b), 2, "minimum", 9),
     "where": Op(lambda xp, mask, a, b: xp.where(mask, a, b), 3, "where", 9),
 }
 SCALAR_OPS = ("add", "sub", "mul", "div", "neg", "pow", "abs", "less")
 """The operations that the scalar part may use: operators of Python floats and of 0-d arrays."""
-REDUCTIONS = ("sum",)
-"""The operations that look at all elements of a parameter; their result is a 0-d array."""
-ARRAY_OPS = tuple(op for op in OPS if op not in ("pow", *REDUCTIONS))
+WHOLE_OPS = ("sum", "sum_axis", "matmul", "matrix_transpose")
+"""The operations that look at more than one element; an axis of ``sum_axis`` stays, of length 1."""
+ARRAY_OPS = tuple(op for op in OPS if op not in ("pow", *WHOLE_OPS))
 """The operations on each element by itself: those that a printer of kernels has to know."""
 
 Operand: TypeAlias = "str | float"
@@ -114,7 +117,7 @@ class Program:
     @cached_property
     def elementwise(self) -> bool:
         """Whether each element is updated by itself, as kernels do."""
-        return not any(line.op in REDUCTIONS for line in self.array_part)
+        return not any(line.op in WHOLE_OPS for line in self.array_part)
 
     @cached_property
     def scalar_names(self) -> tuple[str, ...]:
@@ -251,7 +254,7 @@ class Program:
         printer = _Printer(self)
         lines = [f"{self.rule}:", "    once a step, in float64:"]
         lines += [f"        {line}" for line in printer.part(self.scalar_part)]
-        lines += ["    for every element:"]
+        lines += ["    for every element:" if self.elementwise else "    of whole arrays:"]
         lines += [f"        {line}" for line in printer.part(self.array_part)]
         new = (*self.outputs, *self.number_outputs)
         outputs = (f"{slot} = {printer.text(name)[0]}" for slot, name in new)

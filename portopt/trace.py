@@ -12,10 +12,12 @@ import sys
 from dataclasses import fields
 from keyword import iskeyword
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
 
 from portopt.arrays import FUNCTIONS
-from portopt.program import OPS, SCALAR_OPS, Instruction, Kind, Program
+from portopt.program import OPS, SCALAR_OPS, WHOLE_OPS, Instruction, Kind, Program
 from portopt.rules.around import Around
 from portopt.rules.base import Rule, Slots, is_zero
 
@@ -24,20 +26,25 @@ class TraceError(TypeError):
     """A rule does something that a program cannot say: names the rule and the operation."""
 
 
+Shape: TypeAlias = "tuple[int, ...]"
+
 _programs: dict[tuple[object, ...], Program] = {}
 _ALONE = Around()
 
 
-def trace(rule: Rule, around: Around = _ALONE) -> Program:
+def trace(rule: Rule, around: Around = _ALONE, shape: tuple[int, ...] = (2, 2)) -> Program:
     """The program of a rule; traced once for all rules of one class and one `Rule.structure`.
 
     Args:
         rule: Any rule. The values of its float fields do not matter, only which of them are zero.
         around: What stands around it; nothing by default.
+        shape: That of the parameter, for a rule that looks at it (`Rule.by_shape`) and is traced
+            for each shape; some matrix by default.
 
     Raises:
         TraceError: the rule branches on a value, changes its arguments, or uses something outside
             the array protocol.
+        ValueError: the rule updates no parameter of this shape.
         ProgramError: the traced program is not well formed.
 
     Example:
@@ -52,22 +59,28 @@ def trace(rule: Rule, around: Around = _ALONE) -> Program:
                 param_new = param - lr * direction
             new param = param_new, momentum_buffer = b
     """
-    key = type(rule), rule.structure, around.structure
+    seen = tuple(shape) if rule.by_shape else None
+    key = type(rule), rule.structure, around.structure, seen
     try:
         hash(key)
     except TypeError as error:
         name = type(rule).__name__
         raise TraceError(f"{name} has a field that is not hashable: {error}") from error
     if key not in _programs:
-        _programs[key] = _Tracer(rule, around).program()
+        _programs[key] = _Tracer(rule, around, seen).program()
     return _programs[key]
+
+
+def specialized(program: Program, rule: Rule, around: Around, shape: tuple[int, ...]) -> Program:
+    """The program for parameters of a shape: another than the rule's if the rule looks at it."""
+    return trace(rule, around, shape) if rule.by_shape else program
 
 
 class _Tracer:
     """Runs a rule on symbols and keeps what they record."""
 
-    def __init__(self, rule: Rule, around: Around) -> None:
-        self.rule, self.around = rule, around
+    def __init__(self, rule: Rule, around: Around, shape: Shape | None) -> None:
+        self.rule, self.around, self.shape = rule, around, shape
         self.recorded: dict[tuple[object, ...], Symbol] = {}
         self.frames: dict[int, FrameType] = {}
 
@@ -94,9 +107,11 @@ class _Tracer:
         norm: Any = surroundings.get("grad_norm")
         ours = {name: surroundings.get(name, value) for name, value in vars(self.around).items()}
         self.outer = Around.unchecked(**ours)
-        slots, numbers = self.slots((*scalars, *surroundings)), self.twin.numbers
+        shapes = self.slots((*scalars, *surroundings))
+        slots, numbers = tuple(shapes), self.twin.numbers
+        shapes = {"param": self.shape, "grad": self.shape, **shapes}
         param, grad, *state = (
-            Symbol(self, "array", name=name) for name in ("param", "grad", *slots)
+            Symbol(self, "array", name=name, shape=shape) for name, shape in shapes.items()
         )
         state += [Symbol(self, "scalar", name=name) for name in numbers]
         slot = Slots(dict(zip((*slots, *numbers), state, strict=True)))
@@ -108,6 +123,11 @@ class _Tracer:
         except Exception as error:
             raise self.fail(f"cannot be traced: {error}") from error
         outputs, counts = self.outputs(result, slots, numbers)
+        for name, value in outputs.items():
+            if value.known_shape != shapes[name]:
+                raise self.fail(
+                    f"must return {name} of shape {shapes[name]}, returned {value.known_shape}"
+                )
         lines = self.name_lines(outputs | counts)
         program = Program(
             rule=cls.__name__,
@@ -122,8 +142,11 @@ class _Tracer:
         program.verify()
         return program
 
-    def slots(self, hyperparameters: tuple[str, ...]) -> tuple[str, ...]:
-        slots = (*self.twin.slots, *self.outer.slots)
+    def slots(self, hyperparameters: tuple[str, ...]) -> dict[str, Shape | None]:
+        """The slots, with their shapes if the rule looks at them."""
+        shape = self.shape
+        own = self.twin.slot_shapes(shape) if shape is not None else {}
+        slots = (*(self.twin.slots if shape is None else own), *self.outer.slots)
         reserved = ("t", "param", "grad", "step", *hyperparameters)
         names = (*slots, *self.twin.numbers)
         for place, slot in enumerate(names):
@@ -132,7 +155,7 @@ class _Tracer:
                     f"has a slot named {slot!r}: each needs a name of its own, an identifier other "
                     f"than {', '.join(reserved)}"
                 )
-        return slots
+        return {slot: own.get(slot, shape) for slot in slots}
 
     def outputs(
         self, result: Any, slots: tuple[str, ...], numbers: tuple[str, ...]
@@ -161,7 +184,8 @@ class _Tracer:
         kind = "scalar" if set(kinds) == {"scalar"} else "mask" if op == "less" else "array"
         key = (op, *(id(arg) if isinstance(arg, Symbol) else repr(arg) for arg in args))
         if key not in self.recorded:
-            self.recorded[key] = Symbol(self, kind, op, args)
+            shape = None if self.shape is None else self.shape_of(op, args)
+            self.recorded[key] = Symbol(self, kind, op, args, shape=shape)
             self.note_frames()
         return self.recorded[key]
 
@@ -176,18 +200,26 @@ class _Tracer:
         )
 
     def check(self, op: str, args: tuple[Any, ...], kinds: list[Kind]) -> None:
-        shown = ", ".join(map(repr, args))
+        def shown() -> str:
+            return ", ".join(map(repr, args))
+
         masks = [op == "where" and place == 0 for place in range(len(kinds))]
         if [kind == "mask" for kind in kinds] != masks:
             raise self.fail(
-                f"computes {op}({shown}): a comparison of arrays goes into the first argument of "
+                f"computes {op}({shown()}): a comparison of arrays goes into the first argument of "
                 "xp.where, and nothing else does"
             )
         if "array" not in kinds:
             if op == "where":
-                raise self.fail(f"computes where({shown}): one of the two choices must be an array")
+                raise self.fail(
+                    f"computes where({shown()}): one of the two choices must be an array"
+                )
             if op not in SCALAR_OPS:
-                raise self.fail(f"calls xp.{op} on the scalar {shown}: use **, * and + for scalars")
+                raise self.fail(
+                    f"calls xp.{op} on the scalar {shown()}: use **, * and + for scalars"
+                )
+        elif op in WHOLE_OPS and op != "sum" and self.shape is None:
+            raise self.fail(f"computes {op}({shown()}): only a rule with `by_shape = True` can")
         elif op == "div" and kinds[1] == "scalar":
             raise self.fail(
                 f"divides the array {args[0]!r} by the scalar {args[1]!r}: multiply by the "
@@ -195,6 +227,29 @@ class _Tracer:
             )
         elif op == "pow":
             raise self.fail(f"computes {args[0]!r} ** {args[1]!r}: use x * x or xp.sqrt(x)")
+
+    def shape_of(self, op: str, args: tuple[Any, ...]) -> Shape:
+        """The shape of an operation's result, by the rules of the array API standard."""
+        arrays = [arg for arg in args if isinstance(arg, Symbol) and arg.kind != "scalar"]
+        shapes = [array.shape for array in arrays]
+        first = shapes[0] if shapes else ()
+        try:
+            if op == "sum":
+                return ()
+            if op == "sum_axis":
+                axis = range(len(first))[args[1]]
+                return (*first[:axis], 1, *first[axis + 1 :])
+            if op == "matrix_transpose":
+                return (*first[:-2], first[-1], first[-2])
+            if op == "matmul":
+                (*some, rows, inner), (*others, same, columns) = shapes
+                if inner != same:
+                    raise ValueError(f"{inner} columns and {same} rows")
+                return (*np.broadcast_shapes(tuple(some), tuple(others)), rows, columns)
+            return np.broadcast_shapes(*shapes)
+        except (IndexError, ValueError) as error:
+            shown = " and ".join(map(str, shapes))
+            raise self.fail(f"computes {op} of arrays of shape {shown}: {error}") from error
 
     def note_frames(self) -> None:
         """Keep the frames of the rule's own functions: their local names become ours."""
@@ -244,6 +299,16 @@ class _Functions:
     def __init__(self, tracer: _Tracer) -> None:
         self._tracer = tracer
 
+    def sum(self, x: Any, *, axis: int | None = None, keepdims: bool = False) -> Symbol:
+        if axis is None and not keepdims:
+            return self._tracer.record("sum", x)
+        if type(axis) is not int or not keepdims:
+            raise self._tracer.fail(
+                f"calls xp.sum with axis={axis} and keepdims={keepdims}: it sums all elements, or "
+                "along one axis with keepdims=True"
+            )
+        return self._tracer.record("sum_axis", x, axis)
+
     def __getattr__(self, name: str) -> Any:
         if name not in FUNCTIONS:
             raise self._tracer.fail(
@@ -267,7 +332,7 @@ class Symbol:
     Every operator is `_Tracer.record` of one operation; everything else is refused.
     """
 
-    __slots__ = ("args", "is_zero", "kind", "name", "op", "tracer")
+    __slots__ = ("args", "is_zero", "kind", "known_shape", "name", "op", "tracer")
     __hash__ = object.__hash__
 
     def __init__(
@@ -279,17 +344,34 @@ class Symbol:
         *,
         name: str = "",
         is_zero: bool | None = None,
+        shape: Shape | None = None,
     ) -> None:
         self.tracer, self.kind, self.op, self.args = tracer, kind, op, args
-        self.name, self.is_zero = name, is_zero
+        self.name, self.is_zero, self.known_shape = name, is_zero, shape
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of an array, for a rule that looks at it."""
+        if self.known_shape is None or self.kind == "scalar":
+            raise self.tracer.fail(
+                f"asks for the shape of {self!r}: only of arrays, and with `by_shape = True`"
+            )
+        return self.known_shape
 
     def instruction(self) -> Instruction:
         """What this symbol recorded, by the names given at the end."""
         args = tuple(arg.name if isinstance(arg, Symbol) else arg for arg in self.args)
         return Instruction(self.name, self.op, args)
 
+    def text(self, depth: int) -> str:
+        """The symbol as an expression, with what lies deeper left out: it may be very long."""
+        if self.name or not depth:
+            return self.name or "..."
+        args = (x.text(depth - 1) if isinstance(x, Symbol) else repr(x) for x in self.args)
+        return f"{self.op}({', '.join(args)})"
+
     def __repr__(self) -> str:
-        return self.name or f"{self.op}({', '.join(map(repr, self.args))})"
+        return self.text(depth=4)
 
     def __add__(self, other: Any) -> Symbol:
         return self.tracer.record("add", self, other)
@@ -314,6 +396,9 @@ class Symbol:
 
     def __rtruediv__(self, other: Any) -> Symbol:
         return self.tracer.record("div", other, self)
+
+    def __matmul__(self, other: Any) -> Symbol:
+        return self.tracer.record("matmul", self, other)
 
     def __pow__(self, other: Any) -> Symbol:
         return self.tracer.record("pow", self, other)
@@ -366,7 +451,7 @@ _refuse(
     "changes {symbol!r} in place ({name}): make a new array, x = x + y",
 )
 _refuse(
-    "floordiv rfloordiv mod rmod matmul rmatmul and rand or ror xor rxor invert getitem",
+    "floordiv rfloordiv mod rmod rmatmul and rand or ror xor rxor invert getitem",
     "uses {name} on {symbol!r}, which is not in the array protocol",
 )
 _refuse("eq ne le ge", "compares {symbol!r} by {name}: use < or >")

@@ -6,6 +6,7 @@ They are made from what their rules say of them, by `drop_in`.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -13,11 +14,20 @@ import keras
 
 from portopt import rules
 from portopt.rules import registry
+from portopt_tf import shaped
 from portopt_tf.from_rule import SHARED, from_rule
 from portopt_tf.optimizer import Optimizer
 
+
+def _arguments(native: type[keras.optimizers.Optimizer]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(native.__init__).parameters
+
+
 registered = keras.saving.register_keras_serializable(package="portopt")
 
+
+_OF_ALL = _arguments(keras.optimizers.SGD).keys() & _arguments(keras.optimizers.Adam).keys()
+"""Arguments that every Keras optimizer takes; "self" and "kwargs" among them."""
 
 CLASSES: dict[str, type[Optimizer]] = {}
 """By its name, the class for every native that the installed Keras has."""
@@ -29,9 +39,11 @@ def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
     known = {field.name for field in fields(rule)}
     targets = {name: native.target(name) for name in signature.parameters}
     own = {name: field for name, field in targets.items() if field in known.difference(SHARED)}
+    others = [name for name in targets if name not in {*own, *_OF_ALL}]
     settled = native.values.keys() - {*own.values(), *SHARED}
     decay = signature.parameters["weight_decay"].default
     base = CLASSES.get(rule.__base__.__name__, Optimizer)  # AdamW is an Adam
+    base = getattr(shaped, native.title, base) if rule.by_shape else base
 
     class DropIn(base):
         __doc__ = (
@@ -53,8 +65,14 @@ def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
                 raise ValueError(
                     "Argument `weight_decay` must be a float. Received: weight_decay=None"
                 )
+            kept = {name: given.pop(name) for name in others}
             hyperparameters = {name: given.pop(name) for name in own}
             Optimizer.__init__(self, given.pop("learning_rate"), hyperparameters, **given)
+            for name, value in kept.items():
+                setattr(self, name, value)
+
+        def get_config(self) -> dict[str, Any]:
+            return {**{name: getattr(self, name) for name in others}, **super().get_config()}
 
         __init__.__signature__ = signature
 

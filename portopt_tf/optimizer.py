@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import keras
@@ -13,11 +13,21 @@ from keras import ops
 from portopt.arrays import STORAGE_DTYPES, compute_dtype, namespace
 from portopt.program import Program
 from portopt.rules import HyperparameterError, Rule
-from portopt.rules.base import PARAM
+from portopt.rules.base import PARAM, Slots
 from portopt.trace import trace
 
 _KEEP_PROTOCOL = ("jax", "torch", "numpy")
 """The backends with array API namespaces; there, keras.ops may turn float64 into float32."""
+
+
+class _Ops:
+    """``keras.ops`` as a namespace of the array protocol."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ops, name)
+
+    def matrix_transpose(self, x: Any) -> Any:
+        return ops.moveaxis(x, -1, -2)
 
 
 class Optimizer(keras.optimizers.Optimizer):
@@ -53,7 +63,8 @@ class Optimizer(keras.optimizers.Optimizer):
             setattr(self, name, value)
         rule = self._checked(learning_rate)
         for name, field in self.fields.items():
-            setattr(self, name, getattr(rule, field, getattr(self, name)))
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(rule, field, getattr(self, name)))
 
     def rule_of(self) -> tuple[type[Rule], dict[str, Any]]:
         """The rule that the attributes mean: its class, and the fields that they set but ``lr``."""
@@ -72,15 +83,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self._slots: dict[str, list[Any]] = {}
         for names in self.slot_names:
             used = {slot: name for slot, name in names.items() if slot in rule.slots}
-            begin = {slot: rule.initial(slot) for slot in used}
-            made = self.add_optimizer_variables(
-                variables, list(used.values()), [*map(_initializer, begin.values())]
-            )
-            self._slots |= dict(zip(used, made, strict=True))
-            for slot in used:
-                if begin[slot] is PARAM:
-                    for own, variable in zip(self._slots[slot], variables, strict=True):
-                        own.assign(variable)
+            self._slots |= self._add_slots(rule, used, variables)
         wide = any(keras.backend.standardize_dtype(v.dtype) == "float64" for v in variables)
         self._numbers: dict[str, Any] = {
             name: self.add_variable(
@@ -88,11 +91,82 @@ class Optimizer(keras.optimizers.Optimizer):
             )
             for name in rule.numbers
         }
+        if rule.has_modes:
+            self._train_mode = self.add_variable((), "ones", name="train_mode")
+
+    def _add_slots(
+        self, rule: Rule, names: Mapping[str, str], variables: list[Any]
+    ) -> dict[str, list[Any]]:
+        """Create slots: for each, one for every variable, and None for one that has it not."""
+        if rule.by_shape:
+            made: dict[str, list[Any]] = {slot: [] for slot in names}
+            for variable in variables:
+                shapes = rule.slot_shapes(tuple(variable.shape))
+                for slot, name in names.items():
+                    own = None
+                    if slot in shapes:
+                        own = self.add_variable(
+                            shapes[slot],
+                            _initializer(rule.initial(slot)),
+                            variable.dtype,
+                            name=f"{path_of(variable).replace('/', '_')}_{name}",
+                        )
+                    made[slot].append(own)
+            return made
+        begin = {slot: rule.initial(slot) for slot in names}
+        lists = self.add_optimizer_variables(
+            variables, list(names.values()), [*map(_initializer, begin.values())]
+        )
+        slots = dict(zip(names, lists, strict=True))
+        for slot in names:
+            if begin[slot] is PARAM:
+                for own, variable in zip(slots[slot], variables, strict=True):
+                    own.assign(variable)
+        return slots
+
+    def eval(self) -> None:
+        """Put the weights to evaluate the model with in the place of those to train.
+
+        They are others for the rules that average them (`Rule.has_modes`: the schedule-free ones).
+        ``fit`` does not call this: call it afterwards, and `train` before you go on.
+        """
+        self._switch(training=False)
+
+    def train(self) -> None:
+        """Undo `eval`, to go on training."""
+        self._switch(training=True)
+
+    def _switch(self, *, training: bool) -> None:
+        if not (self.built and self.rule_class.has_modes) or self._is_training() == training:
+            return
+        rule = self.rule_for(True, self._get_current_learning_rate())
+        to = rule.trained if training else rule.evaluated
+        for index, variable in enumerate(self._trainable_variables):
+            dtype = compute_dtype(keras.backend.standardize_dtype(variable.dtype))
+            slots = {slot: ops.cast(own[index], dtype) for slot, own in self._slots.items()}
+            self.assign(variable, to(_Ops(), ops.cast(variable, dtype), Slots(slots)))
+        self._train_mode.assign(float(training))
+
+    def _is_training(self) -> bool:
+        return bool(ops.convert_to_numpy(self._train_mode))
+
+    def variant(self, variable: Any) -> Hashable:
+        """What makes the rule of a variable another than that of others: whether it decays."""
+        return self._use_weight_decay(variable)
+
+    def rule_for(self, variant: Any, learning_rate: Any) -> Rule:
+        """The rule of the variables of a `variant`."""
+        rule_class, values = self.rule_of()
+        if not variant:
+            values["weight_decay"] = 0.0
+        return rule_class.unchecked(**values, lr=learning_rate)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """One step of the rule for one variable and its slots."""
-        t = self.iterations + 1
-        program, scalars = self._traced(self._use_weight_decay(variable), t, learning_rate)
+        rule = self.rule_for(self.variant(variable), learning_rate)
+        shape = tuple(variable.shape)
+        program = trace(rule, shape=shape)
+        scalars = _scalars(program, rule, self._numbers, self.iterations + 1)
         stored = self._stored(program, gradient, variable)
         dtype = compute_dtype(keras.backend.standardize_dtype(variable.dtype))
         with _float64():
@@ -100,32 +174,37 @@ class Optimizer(keras.optimizers.Optimizer):
                 k: x if isinstance(x, float) else ops.cast(x, dtype) for k, x in scalars.items()
             }
         arrays = {key: ops.cast(array, dtype) for key, array in stored.items()}
-        xp = namespace(arrays["param"]) if keras.backend.backend() in _KEEP_PROTOCOL else ops
+        if rule.by_shape:  # in Keras a slot may lack the axes of length 1
+            for slot, own in rule.slot_shapes(shape).items():
+                arrays[slot] = ops.reshape(arrays[slot], own)
+        xp = namespace(arrays["param"]) if keras.backend.backend() in _KEEP_PROTOCOL else _Ops()
         for key, value in program.run(xp, scalars, arrays).items():
-            self.assign(stored[key], value)
+            new = ops.reshape(value, stored[key].shape) if rule.by_shape else value
+            self.assign(stored[key], new)
 
     def _backend_update_step(
         self, grads: Any, trainable_variables: Any, learning_rate: Any
     ) -> None:
-        """On TensorFlow all variables at once; else `update_step` for each."""
-        t = self.iterations + 1
-        rule_class, values = self.rule_of()
-        elementwise = trace(rule_class.unchecked(**values, lr=learning_rate)).elementwise
-        if not (elementwise and _can_be_compiled(trainable_variables)):
-            super()._backend_update_step(grads, trainable_variables, learning_rate)
-            if self._numbers:
-                self._keep(*self._traced(True, t, learning_rate))
-            return
-        from portopt_tf import compiled
+        """On TensorFlow all variables at once, if kernels can; else `update_step` for each."""
+        t, can_be_compiled = self.iterations + 1, _can_be_compiled(trainable_variables)
+        pairs: dict[Hashable, list[Any]] = {}
+        for pair in zip(grads, trainable_variables, strict=True):
+            pairs.setdefault(self.variant(pair[1]), []).append(pair)
+        traced = []
+        for variant, some in pairs.items():
+            rule = self.rule_for(variant, learning_rate)
+            program = trace(rule)
+            scalars = _scalars(program, rule, self._numbers, t)
+            traced.append((program, scalars, some))
+        for program, scalars, some in traced:
+            if can_be_compiled and program.elementwise:
+                from portopt_tf import compiled
 
-        pairs: dict[bool, list[Any]] = {}
-        for gradient, variable in zip(grads, trainable_variables, strict=True):
-            decays = self._use_weight_decay(variable)
-            pairs.setdefault(decays, []).append((gradient, variable))
-        traced = {decays: self._traced(decays, t, learning_rate) for decays in pairs}
-        for decays, (program, scalars) in traced.items():
-            stored = [self._stored(program, *pair) for pair in pairs[decays]]
-            compiled.update(program, scalars, t, stored)
+                stored = [self._stored(program, *pair) for pair in some]
+                compiled.update(program, scalars, t, stored)
+            else:
+                own_grads, own_variables = zip(*some, strict=True)
+                super()._backend_update_step(own_grads, own_variables, learning_rate)
         self._keep(program, scalars)  # the same with decay and without
 
     def _keep(self, program: Program, scalars: Mapping[str, Any]) -> None:
@@ -134,15 +213,6 @@ class Optimizer(keras.optimizers.Optimizer):
             # Keras would cast a float by way of float32.
             exact = np.float64(value) if isinstance(value, float) else value
             self.assign(self._numbers[name], ops.cast(exact, self._numbers[name].dtype))
-
-    def _traced(self, decays: bool, t: Any, learning_rate: Any) -> tuple[Program, dict[str, Any]]:
-        """The rule's program, and its scalars at step ``t``."""
-        rule_class, values = self.rule_of()
-        if not decays:
-            values["weight_decay"] = 0.0
-        rule = rule_class.unchecked(**values, lr=learning_rate)
-        program = trace(rule)
-        return program, _scalars(program, rule, self._numbers, t, learning_rate)
 
     def _stored(self, program: Program, gradient: Any, variable: Any) -> dict[str, Any]:
         """The arrays of a variable's step by `Program.operands`."""
@@ -164,6 +234,10 @@ class Optimizer(keras.optimizers.Optimizer):
                 f"`grads` must have one gradient for each of {len(variables)} variables. "
                 f"Received: {len(grads)}"
             )
+        if self.rule_class.has_modes and not (
+            _is_symbolic(self._train_mode) or self._is_training()
+        ):
+            raise RuntimeError("the weights are those of eval(): call train() first")
         grads, variables = super()._filter_empty_gradients(grads, variables)
         return [_dense(*pair) for pair in zip(grads, variables, strict=True)], variables
 
@@ -196,7 +270,7 @@ def _check_dtype(variable: Any) -> None:
     if dtype not in STORAGE_DTYPES:
         allowed = ", ".join(STORAGE_DTYPES)
         raise TypeError(
-            f"variable {_path(variable)!r} must have a dtype among {allowed}, has {dtype}"
+            f"variable {path_of(variable)!r} must have a dtype among {allowed}, has {dtype}"
         )
 
 
@@ -226,12 +300,13 @@ def _dense(gradient: Any, variable: Any) -> Any:
 
 def _misshapen(gradient: Any, variable: Any) -> ValueError:
     return ValueError(
-        f"the gradient of {_path(variable)!r} must have the variable's shape "
+        f"the gradient of {path_of(variable)!r} must have the variable's shape "
         f"{tuple(variable.shape)}, has {tuple(gradient.shape)}"
     )
 
 
-def _path(variable: Any) -> str:
+def path_of(variable: Any) -> str:
+    """Where a variable is in its model."""
     return getattr(variable, "path", variable.name)  # a tf.Variable has no path
 
 
@@ -243,11 +318,9 @@ def _can_be_compiled(variables: list[Any]) -> bool:
     return compiled.is_possible(variables)
 
 
-def _scalars(
-    program: Program, rule: Rule, numbers: Mapping[str, Any], t: Any, learning_rate: Any
-) -> dict[str, Any]:
+def _scalars(program: Program, rule: Rule, numbers: Mapping[str, Any], t: Any) -> dict[str, Any]:
     """The program's scalars: floats where ``t`` has a value, else 0-d tensors of float64."""
-    values = vars(rule)
+    values, learning_rate = vars(rule), rule.lr
     if not (_is_symbolic(t) or _is_symbolic(learning_rate)):
         # A mirrored variable is no number, but its sums are.
         known = {name: float(x + 0) for name, x in {**numbers, "lr": learning_rate}.items()}

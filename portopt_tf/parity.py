@@ -11,19 +11,20 @@ import keras
 import numpy as np
 
 import portopt_tf
-from portopt.parity import Arrays, Twin, answer, problem
+from portopt.parity import Arrays, Case, Twin, answer, problem
 from portopt.rules import Rule
 
 
-def run(optimizer: Any, dtype: str, slots: Any = None) -> Arrays:
+def run(optimizer: Any, dtype: str, shape: tuple[int, ...], slots: Any = None) -> Arrays:
     """The parameters and slots after `portopt.parity.problem`.
 
     Args:
         optimizer: Any Keras optimizer, not built yet.
         dtype: The variables' dtype.
+        shape: Their shape.
         slots: One of ours, whose slots stand in the same order; the optimizer itself by default.
     """
-    start, grads = problem(dtype)
+    start, grads = problem(dtype, shape)
     variables = {name: keras.Variable(array, dtype=dtype) for name, array in start.items()}
     optimizer.build(list(variables.values()))
     if slots is None:
@@ -32,17 +33,19 @@ def run(optimizer: Any, dtype: str, slots: Any = None) -> Arrays:
         slots.build(list(variables.values()))
     for grad in grads:
         optimizer.apply([keras.ops.convert_to_tensor(grad[name]) for name in variables])
-    if any(keras.backend.standardize_dtype(v.dtype) != dtype for v in optimizer.variables[2:]):
+    dtypes = {keras.backend.standardize_dtype(v.dtype) for v in optimizer.variables[2:]}
+    if dtypes - {dtype}:
         raise TypeError(f"Keras on {keras.backend.backend()} did not compute in {dtype}")
     results = dict(variables)
-    for slot, ours in slots._slots.items():
-        for name, variable in zip(variables, ours, strict=True):
+    rule_class, values = slots.rule_of()
+    for slot in rule_class.unchecked(**values).slot_shapes(shape):
+        for name, variable in zip(variables, slots._slots[slot], strict=True):
             place = [id(v) for v in slots.variables].index(id(variable))
             results[f"{slot} of {name}"] = optimizer.variables[place]
     return {name: keras.ops.convert_to_numpy(value) for name, value in results.items()}
 
 
-def native(twin: Twin, dtype: str) -> Arrays:
+def native(twin: Twin, dtype: str, shape: tuple[int, ...]) -> Arrays:
     """A run of the native optimizer."""
     name, arguments = twin
     native_class = getattr(keras.optimizers, name)
@@ -57,14 +60,14 @@ def native(twin: Twin, dtype: str) -> Arrays:
     keras.config.set_floatx(dtype)
     try:
         same = getattr(portopt_tf, name)(**twin[1])
-        return run(native_class(**arguments), dtype, slots=same)
+        return run(native_class(**arguments), dtype, shape, slots=same)
     finally:
         keras.config.set_floatx("float32")
 
 
 def ours(rule: Rule) -> Arrays:
     """A run of the rule."""
-    return run(portopt_tf.from_rule(rule)(), "float32")
+    return run(portopt_tf.from_rule(rule)(), "float32", Case(rule).shape)
 
 
 if __name__ == "__main__":

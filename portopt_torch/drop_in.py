@@ -222,6 +222,11 @@ def _same(group: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: _flag(group[name]) if name in FLAGS else group[name] for name in names}
 
 
+def _dtype(group: Mapping[str, Any]) -> torch.dtype:
+    first = next(iter(group.get("params", ())), None)  # a saved group has numbers there
+    return first.dtype if torch.is_tensor(first) else torch.get_default_dtype()
+
+
 def _flag(value: Any) -> Any:
     """PyTorch takes any value for a flag; 0 and 1 are plain enough to be taken for one here."""
     return bool(value) if isinstance(value, int) else value
@@ -267,6 +272,9 @@ def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
     is_bool = {field.name: field.type == "bool" for field in fields(rule)}
     targets = {name: native.target(name) for name in signature.parameters}
     own = [name for name, to in targets.items() if isinstance(to, tuple) or to in is_bool]
+    defaults = native.fields({name: signature.parameters[name].default for name in own})
+    scalars = rule.hyperparameters()
+    resolutions = [name for name, value in defaults.items() if value is None and name in scalars]
 
     class DropIn(Optimizer):
         __doc__ = (
@@ -275,6 +283,8 @@ def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
         )
         may_lack = LATER
         sparse = native.sparse
+        words = native.words
+        keeps_step = native.keeps_step
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             try:
@@ -303,6 +313,11 @@ def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
         @classmethod
         def rule_of(cls, group: Mapping[str, Any]) -> Fields:
             given = native.fields({name: group[name] for name in own})
+            for name in resolutions:
+                if (
+                    given[name] is None
+                ):  # the resolution of the first parameter decides, as natively
+                    given[name] = torch.finfo(_dtype(group)).eps
             flags = {name: _flag(value) for name, value in given.items() if is_bool[name]}
             return rule, {**native.values, **given, **flags}
 

@@ -60,7 +60,8 @@ def _class_of(rule: Rule | type[Rule]) -> type[Optimizer]:
                     f"unknown hyperparameter {unknown[0]!r}: {rule_class.__name__} has "
                     f"{', '.join(names)}"
                 )
-            super().__init__(params, {**defaults, **hyperparameters}, around)
+            mode = {"train_mode": True} if rule_class.has_modes else {}
+            super().__init__(params, {**defaults, **hyperparameters, **mode}, around)
 
         @classmethod
         def rule_of(cls, group: Mapping[str, Any]) -> tuple[type[Rule], dict[str, Any]]:

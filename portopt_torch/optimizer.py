@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from portopt.program import Program
 from portopt.rules import Around, HyperparameterError, Rule
-from portopt.trace import trace
+from portopt.trace import specialized, trace
 from portopt_torch import plain
-from portopt_torch.plan import Plan, add_slots, begin_count, make_plan
+from portopt_torch.plan import Plan, add_slots, begin_count, make_plan, shapes_of
 
 NATIVE_WORDS = {
     "lr": "Invalid learning rate",
@@ -56,10 +56,17 @@ class Optimizer(torch.optim.Optimizer):
     """What a loaded group may lack, as the native's of older versions do."""
     sparse: ClassVar[str] = "no"
     """Whether gradients may be sparse: "no", "also" or "only"; then their rows alone change."""
+    words: ClassVar[Mapping[str, str]] = {}
+    """How errors begin for a field, where not as in `NATIVE_WORDS`."""
 
     around = Around()
     _loading = False
     _plan: Plan | None = None
+    # What `Sharded` tells its part:
+    grad_norm: float | None = None
+    """The norm of all gradients, if they are not all here."""
+    into_grad = False
+    """Whether new parameters are to be written into the gradients."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], around: Around | None = None) -> None:
         if not isinstance(around, Around | None):
@@ -88,6 +95,12 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        try:
+            for param in self.param_groups[-1]["params"]:
+                shapes_of(self._traced(self.param_groups[-1])[0], param)
+        except ValueError:  # the rule takes no such parameter
+            self.param_groups.pop()
+            raise
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -100,10 +113,12 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient is sparse where that is not possible, a slot has not its
                 parameter's shape, or ``fused=True`` with what no kernel takes; nothing is changed
-                then.
+                then. After `eval`, for a rule that has other weights then.
             TypeError: a parameter with a gradient has a dtype other than float16, bfloat16,
                 float32, float64 and their complex kin; nothing is changed then.
         """
+        if not all(group.get("train_mode", True) for group in self.param_groups):
+            raise RuntimeError("the weights are those of eval(): call train() first")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -114,13 +129,36 @@ class Optimizer(torch.optim.Optimizer):
                 plain.update(scalars, members)
         return loss
 
+    def eval(self) -> None:
+        """Put the weights to evaluate the model with in the place of those to train.
+
+        They are others for the rules that average them (`Rule.has_modes`: the schedule-free ones),
+        whose groups say by "train_mode" which are there.
+        """
+        self._switch(training=False)
+
+    def train(self) -> None:
+        """Undo `eval`, to go on training."""
+        self._switch(training=True)
+
+    @torch.no_grad()
+    def _switch(self, *, training: bool) -> None:
+        for group in self.param_groups:
+            if group.get("train_mode", training) != training:
+                group["train_mode"] = training
+                for param in group["params"]:
+                    if self.state.get(param):
+                        rule = self._traced(group)[0]
+                        plain.switch(rule, param, self.state[param], training=training)
+
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer`` does; with zeros for slots turned on since the last step."""
         for group in self.param_groups:
             rule, program = self._traced(group)
             for param in group["params"]:
                 if self.state.get(param):
-                    add_slots(self.state[param], rule, program.slots, param)
+                    own = specialized(program, rule, self.around, param.shape)
+                    add_slots(self.state[param], rule, own.slots, param)
         state: dict[str, Any] = super().state_dict()
         return state
 
@@ -190,7 +228,8 @@ class Optimizer(torch.optim.Optimizer):
             is_flag = error.name not in cls.hyperparameters()
             if is_flag and (kind is TypeError or error.name not in NATIVE_WORDS):
                 raise
-            words = NATIVE_WORDS.get(error.name, f"Invalid {error.name} value")
+            usual = NATIVE_WORDS.get(error.name, f"Invalid {error.name} value")
+            words = self.words.get(error.name, usual)
             words = f"{words}: {error.value}"
             raise kind(f"{words} ({error.name} must be {error.allowed})") from error
 
@@ -208,11 +247,11 @@ class Optimizer(torch.optim.Optimizer):
         plan = None if compiling else self._plan
         if plan is None or not plan.fits(self, programs):
             plan = self._plan = None  # what it keeps alive may go before more is made
-            plan = make_plan(self, rules, programs, compiling=compiling)
+            plan = make_plan(self, rules, around, programs, compiling=compiling)
         values = [vars(around) | vars(rule) for rule in rules]
         skip: Any = getattr(self, "found_inf", None)  # GradScaler's
         if around.needs_norm:
-            norm = plan.grad_norm()
+            norm = plan.grad_norm() if self.grad_norm is None else self.grad_norm
             values = [{**one, "grad_norm": norm} for one in values]
             if around.skip_nonfinite:
                 is_bad = norm - norm != 0  # as for NaN and Inf alone
@@ -231,9 +270,9 @@ class Optimizer(torch.optim.Optimizer):
             plan.zero_grads(around)
         self._plan = None if compiling else plan.done()
         work = []
-        for g, group in enumerate(self.param_groups):
-            scalars = plain.Scalars(programs[g], values[g], compiling or group.get("capturable"))
-            work.append((scalars, [member for member in plan.rest if member.group == g]))
+        for (g, program), members in plan.rest_alike():
+            on_device = compiling or self.param_groups[g].get("capturable")
+            work.append((plain.Scalars(program, values[g], on_device), members))
         return work
 
     def _scaled(self) -> Around:
@@ -257,11 +296,13 @@ class Optimizer(torch.optim.Optimizer):
                 )
             group = {**self.defaults, **theirs, "fused": None}  # it changes nothing but the speed
             self._check(group)
-            program = self._traced(group)[1]
+            rule, program = self._traced(group)
             for key, param in zip(theirs["params"], ours["params"], strict=True):
                 state = state_dict["state"].get(key) or {}
                 if any(value is not None for value in state.values()):
-                    _check_slots(key, state, program.slots, param)
+                    shapes = shapes_of(rule, param)
+                    for slot in specialized(program, rule, self.around, param.shape).slots:
+                        _check_slot(key, state, slot, param, shapes.get(slot, param.shape))
                     for name in (*(["step"] if self.keeps_step else []), *program.numbers):
                         _check_count(name, key, state)
 
@@ -280,23 +321,24 @@ class Optimizer(torch.optim.Optimizer):
                         self.state[param][name] = value.detach().to(param.device, copy=True)
 
 
-def _check_slots(key: Any, state: Mapping[str, Any], slots: tuple[str, ...], param: Tensor) -> None:
-    for slot in slots:
-        value = state.get(slot)
-        if not torch.is_tensor(value):
-            raise ValueError(
-                f"loaded state of parameter {key} has no tensor {slot!r}: it has {list(state)}"
-            )
-        if value.shape != param.shape:
-            raise ValueError(
-                f"loaded {slot!r} of parameter {key} must have shape {tuple(param.shape)}, got "
-                f"{tuple(value.shape)}"
-            )
-        if not (value.is_complex() if param.is_complex() else value.is_floating_point()):
-            raise ValueError(
-                f"loaded {slot!r} of parameter {key} must be of a kind with its {param.dtype}, got "
-                f"{value.dtype}"
-            )
+def _check_slot(
+    key: Any, state: Mapping[str, Any], slot: str, param: Tensor, shape: Sequence[int]
+) -> None:
+    value = state.get(slot)
+    if not torch.is_tensor(value):
+        raise ValueError(
+            f"loaded state of parameter {key} has no tensor {slot!r}: it has {list(state)}"
+        )
+    if value.shape != shape:
+        raise ValueError(
+            f"loaded {slot!r} of parameter {key} must have shape {tuple(shape)}, got "
+            f"{tuple(value.shape)}"
+        )
+    if not (value.is_complex() if param.is_complex() else value.is_floating_point()):
+        raise ValueError(
+            f"loaded {slot!r} of parameter {key} must be of a kind with its {param.dtype}, got "
+            f"{value.dtype}"
+        )
 
 
 def _check_count(name: str, key: Any, state: Mapping[str, Any]) -> None:

@@ -8,14 +8,19 @@ from typing import Any
 
 import torch
 
-from portopt.parity import Arrays, Twin, answer, problem
+from portopt.parity import Arrays, Case, Twin, answer, problem
 from portopt.rules import Rule
 from portopt_torch.from_rule import from_rule
 
 
-def run(optimizer_class: type[torch.optim.Optimizer], arguments: Any, dtype: str) -> Arrays:
+def run(
+    optimizer_class: type[torch.optim.Optimizer],
+    arguments: Any,
+    dtype: str,
+    shape: tuple[int, ...],
+) -> Arrays:
     """The parameters and slots after `portopt.parity.problem`."""
-    start, grads = problem(dtype)
+    start, grads = problem(dtype, shape)
     params = {name: torch.nn.Parameter(torch.from_numpy(array)) for name, array in start.items()}
     optimizer = optimizer_class(params.values(), **arguments)
     for grad in grads:
@@ -31,14 +36,14 @@ def run(optimizer_class: type[torch.optim.Optimizer], arguments: Any, dtype: str
     return {name: param.detach().numpy() for name, param in params.items()} | slots
 
 
-def native(twin: Twin, dtype: str) -> Arrays:
+def native(twin: Twin, dtype: str, shape: tuple[int, ...]) -> Arrays:
     """A run of the native optimizer."""
-    return run(getattr(torch.optim, twin[0]), twin[1], dtype)
+    return run(getattr(torch.optim, twin[0]), twin[1], dtype, shape)
 
 
 def ours(rule: Rule) -> Arrays:
     """A run of the rule."""
-    return run(from_rule(rule), {}, "float32")
+    return run(from_rule(rule), {}, "float32", Case(rule).shape)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from portopt.arrays import FUNCTIONS, STORAGE_DTYPES, compute_dtype
 from portopt.program import OPS, Program
+from portopt.rules import Rule, Slots
 
 _COMPUTE_DTYPES: dict[torch.dtype, torch.dtype] = {
     getattr(torch, storage): getattr(torch, compute_dtype(storage)) for storage in STORAGE_DTYPES
@@ -30,6 +31,8 @@ class Member(NamedTuple):
         group: The place of its group.
         param: The parameter, which has a gradient.
         state: Its state, with every slot, and with "step" if steps are counted.
+        program: What updates it.
+        shapes: Those of its slots, if its rule looks at shapes.
         first: Whether this is its first step.
         way: How it is updated: by "kernel", "foreach" (along with others, by lists of tensors),
             "rows" (those alone that its sparse gradient has) or "plain".
@@ -39,6 +42,8 @@ class Member(NamedTuple):
     group: int
     param: Tensor
     state: dict[str, Any]
+    program: Program
+    shapes: Mapping[str, tuple[int, ...]]
     first: bool
     way: str
 
@@ -71,7 +76,7 @@ class Scalars:
 
 
 def update(scalars: Scalars, members: Iterable[Member]) -> None:
-    """Update parameters of one group, each that may be along with others like it."""
+    """Update parameters of one group and program, each that may be along with others like it."""
     alike: dict[Any, tuple[dict[str, Any], list[Member]]] = {}
     for member in members:
         t: Any = 1 if member.first else 2  # all that a rule without a count may ask
@@ -125,6 +130,16 @@ def _update_rows(program: Program, scalars: Mapping[str, Any], member: Member) -
         stored[name][rows] = whole.to(stored[name].dtype)
 
 
+def switch(rule: Rule, param: Tensor, state: Mapping[str, Any], *, training: bool) -> None:
+    """Give a parameter the values that its rule trains, or else those to evaluate."""
+    dtype = _COMPUTE_DTYPES[param.dtype]
+    slots = {slot: _real(state[slot]).to(dtype) for slot in rule.slots}
+    rule = type(rule).unchecked(**{name: host(value) for name, value in vars(rule).items()})
+    to = rule.trained if training else rule.evaluated
+    new: Any = to(xp, _real(param).to(dtype), Slots(slots))
+    param.copy_(torch.view_as_complex(new) if param.is_complex() else new)
+
+
 _FOREACH: dict[str, Callable[..., Any]] = {
     "add": torch._foreach_add,
     "sub": torch._foreach_sub,
@@ -172,6 +187,9 @@ class TensorList:
     def __rtruediv__(self, other: Any) -> TensorList:
         return _apply("div", other, self)
 
+    def __matmul__(self, other: TensorList) -> TensorList:
+        return _apply("matmul", self, other)
+
     def __neg__(self) -> TensorList:
         return _apply("neg", self)
 
@@ -187,6 +205,9 @@ class TensorList:
 
 class _Functions:
     """The namespace of `TensorList`."""
+
+    def sum(self, x: TensorList, axis: int | None = None, keepdims: bool = False) -> TensorList:
+        return _apply("sum", x) if axis is None else _apply("sum_axis", x, axis)
 
     def __getattr__(self, name: str) -> Callable[..., TensorList]:
         if name not in FUNCTIONS:

@@ -6,10 +6,11 @@ import itertools
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from operator import is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,12 +20,16 @@ from portopt.program import Program
 from portopt.rules import Around, Rule
 from portopt.rules.around import AVERAGE, initial
 from portopt.rules.base import PARAM
+from portopt.trace import specialized
 from portopt_torch import cuda
 from portopt_torch.launch import STORAGE, Batch, CudaBatch, gradient, storage
 from portopt_torch.plain import Member, check_dtype, host
 
 if TYPE_CHECKING:
     from portopt_torch.optimizer import Optimizer
+
+
+Shape: TypeAlias = "tuple[int, ...]"
 
 
 class Plan(NamedTuple):
@@ -70,13 +75,20 @@ class Plan(NamedTuple):
         )
 
     def _still_rests(self, optimizer: Optimizer, member: Member) -> bool:
-        program = self.programs[member.group]
         counts = ["step"] if optimizer.keeps_step else []
-        needed = (*program.slots, *program.numbers, *counts)
+        needed = (*member.program.slots, *member.program.numbers, *counts)
         if member.param.grad is None or any(member.state.get(name) is None for name in needed):
             return False
         group = optimizer.param_groups[member.group]
-        return _way(optimizer, group, program, member.param) == member.way
+        way = _way(optimizer, group, member.program, member.shapes, member.param)
+        return way == member.way
+
+    def rest_alike(self) -> Iterable[tuple[tuple[int, Program], list[Member]]]:
+        """What does not go through a kernel, by group and program."""
+        alike: dict[tuple[int, Program], list[Member]] = {}
+        for member in self.rest:
+            alike.setdefault((member.group, member.program), []).append(member)
+        return alike.items()
 
     def done(self) -> Plan:
         """The plan for the next step."""
@@ -112,14 +124,21 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    optimizer: Optimizer, rules: list[Rule], programs: list[Program], *, compiling: bool
+    optimizer: Optimizer,
+    rules: list[Rule],
+    around: Around,
+    programs: list[Program],
+    *,
+    compiling: bool,
 ) -> Plan:
     """Give every parameter with a gradient its state, and its way to go.
 
     Args:
         optimizer: The optimizer, whose state gets what it lacks.
         rules: For each of its groups, the rule.
-        programs: For each of its groups, the program.
+        around: What stands around them.
+        programs: For each of its groups, the program; a rule that looks at shapes has others for
+            its parameters.
         compiling: Whether ``torch.compile`` is to see the plain way.
 
     Raises:
@@ -128,36 +147,42 @@ def make_plan(
     """
     groups, state = optimizer.param_groups, optimizer.state
     params = [(g, param) for g, group in enumerate(groups) for param in group["params"]]
-    ways = {
-        place: _way(optimizer, groups[g], programs[g], param, compiling=compiling)
-        for place, (g, param) in enumerate(params)
-        if param.grad is not None
-    }
+    ways: dict[int, str] = {}
+    traced: dict[int, tuple[Program, Mapping[str, Shape]]] = {}
+    for place, (g, param) in enumerate(params):
+        if param.grad is not None:
+            shapes = shapes_of(rules[g], param)
+            program = specialized(programs[g], rules[g], around, param.shape)
+            if optimizer.into_grad:
+                program = _into_grad(program)
+            traced[place] = program, shapes
+            ways[place] = _way(optimizer, groups[g], program, shapes, param, compiling=compiling)
     alone = _overlapping([params[place][1] for place, way in ways.items() if way == "kernel"])
     alike: dict[Any, list[Member]] = {}
     rest: list[Member] = []
     made: list[tuple[Tensor, str]] = []
     for place, way in ways.items():
         g, param = params[place]
-        slots = programs[g].slots
+        program, shapes = traced[place]
+        slots = program.slots
         own = state[param] if slots or optimizer.keeps_step else {}
         lacking = [name for name in slots if own.get(name) is None]
         first = {*lacking} >= {*slots} - {AVERAGE}
-        counts = (*(["step"] if optimizer.keeps_step else []), *programs[g].numbers)
+        counts = (*(["step"] if optimizer.keeps_step else []), *program.numbers)
         for name in counts:
             if own.get(name) is None:
                 lacking.append(name)
                 own[name] = begin_count(name, rules[g], groups[g], param)
         made += [(param, name) for name in lacking]
         add_slots(own, rules[g], slots, param)
-        member = Member(place, g, param, own, first, way)
+        member = Member(place, g, param, own, program, shapes, first, way)
         if way != "kernel" or id(param) in alone:
             rest.append(member)
             continue
         stored = [param, gradient(param), *(own[slot] for slot in slots)]
         places = [(own[name].device, own[name].dtype) for name in counts]
         kind = [param.device, *places, storage(stored)]
-        alike.setdefault((programs[g], *kind), []).append(member)
+        alike.setdefault((program, *kind), []).append(member)
     return Plan(
         programs=programs,
         flags=_flags(groups),
@@ -176,6 +201,13 @@ def make_plan(
 def _flags(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     names = ("foreach", "fused", "differentiable", "capturable")
     return [(len(group["params"]), *map(group.get, names)) for group in groups]
+
+
+@cache
+def _into_grad(program: Program) -> Program:
+    """The same, but that the new parameter is written where the gradient is."""
+    outputs = tuple(("grad" if name == "param" else name, new) for name, new in program.outputs)
+    return replace(program, outputs=outputs)
 
 
 def _overlapping(params: Sequence[Tensor]) -> set[int]:
@@ -197,11 +229,22 @@ def begin_count(name: str, rule: Rule, group: Mapping[str, Any], param: Tensor) 
     return torch.tensor(float(value), dtype=dtype, device=param.device if beside else "cpu")
 
 
+def shapes_of(rule: Rule, param: Tensor) -> dict[str, Shape]:
+    """The shapes of a parameter's slots, if its rule looks at shapes; else they have its own."""
+    return rule.slot_shapes(tuple(param.shape)) if rule.by_shape else {}
+
+
 def add_slots(state: dict[str, Any], rule: Rule, slots: tuple[str, ...], param: Tensor) -> None:
     """Give ``state`` the slots that it lacks, and all of them the order of ``param`` in memory."""
+    shapes = shapes_of(rule, param)
     for slot in slots:
-        old = state.get(slot)
-        if old is None:
+        old, shape = state.get(slot), shapes.get(slot, param.shape)
+        if shape != param.shape:
+            if old is None:
+                state[slot] = torch.full(
+                    shape, host(initial(rule, slot)), dtype=param.dtype, device=param.device
+                )
+        elif old is None:
             state[slot] = _initial(initial(rule, slot), param)
         elif _strides(old) != _strides(param):  # as a native's may be, which copies the gradient
             state[slot] = torch.empty_like(param, dtype=old.dtype).copy_(old)
@@ -220,6 +263,7 @@ def _way(
     optimizer: Optimizer,
     group: Mapping[str, Any],
     program: Program,
+    shapes: Mapping[str, Shape],
     param: Tensor,
     *,
     compiling: bool = False,
@@ -228,13 +272,14 @@ def _way(
     grad, state = gradient(param), optimizer.state.get(param, {})
     check_dtype(param.dtype)
     _check_sparse(optimizer, group, grad)
+    if shapes and param.is_complex():
+        raise RuntimeError(f"{type(optimizer).__name__} does not support complex parameters")
     kept = {slot: state[slot] for slot in program.slots if state.get(slot) is not None}
     for slot, value in kept.items():
-        if value.shape != param.shape:
-            raise RuntimeError(
-                f"{slot} must have its parameter's shape {tuple(param.shape)}, has "
-                f"{tuple(value.shape)}"
-            )
+        shape = shapes.get(slot, param.shape)
+        if value.shape != shape:
+            what = "the shape" if shape is not param.shape else "its parameter's shape"
+            raise RuntimeError(f"{slot} must have {what} {tuple(shape)}, has {tuple(value.shape)}")
     foreach, fused = group.get("foreach"), group.get("fused")
     if grad.is_sparse:
         if fused:
@@ -251,7 +296,7 @@ def _way(
     counts = [state[name] for name in ("step", *program.numbers) if state.get(name) is not None]
     why = _refusal([param, grad, *in_order], counts)  # the others will be
     if not program.elementwise:
-        why = f"{program.rule} looks at all elements of a parameter at once"
+        why = f"{program.rule} looks at many elements of a parameter at once"
     if why is None:
         return "kernel"
     if fused:

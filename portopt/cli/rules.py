@@ -36,8 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
             status = 2
     for entry in entries:
         least, most = entry.bytes_per_parameter
-        size = f"{least} bytes of state for a float32 parameter"
-        size += f", {most} with every option" if most > least else ""
+        size = f"{least:.3g} bytes of state for a float32 parameter"
+        size += f", {most:.3g} with every option" if most > least else ""
         origin = "" if entry.package == "portopt" else f", from {entry.package}"
         print(f"{entry.name}: {size}{origin}")
         options = (k if v is None else f"{k}={v!r}" for k, v in entry.options.items())
@@ -55,6 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
                         text, 100, initial_indent=f"  {title:8}", subsequent_indent=indent
                     )
                 )
-    listed = [asdict(e) | {"bytes_per_parameter": e.bytes_per_parameter} for e in entries]
+    listed = [asdict(entry) for entry in entries]
     write(listed, arguments.json)
     return status

@@ -20,6 +20,7 @@ from portopt.rules.native import Native
 
 if TYPE_CHECKING:
     from portopt.rules.adadelta import Adadelta
+    from portopt.rules.adafactor import Adafactor
     from portopt.rules.adagrad import Adagrad
     from portopt.rules.adam import Adam, AdamW
     from portopt.rules.adamax import Adamax
@@ -37,6 +38,7 @@ __all__ = [
     "ASGD",
     "SGD",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
@@ -60,7 +62,11 @@ __all__ = [
     "Slots",
 ]
 
-_FILES = {"AdamW": "adam", "Momentum": "sgd"}  # every other rule has a file of its own name
+_FILES = {
+    "AdamW": "adam",
+    "Momentum": "sgd",
+}
+"""Where a rule is that has no file of its own name."""
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from typing import (
     Any,
     ClassVar,
     Literal,
+    NamedTuple,
     get_args,
     get_origin,
     get_type_hints,
@@ -30,12 +31,24 @@ Update = tuple[Array, dict[str, Array]]
 
 @dataclass(frozen=True)
 class Interval:
-    """The values that a float hyperparameter may take, in the usual notation: ``[0, 1)``."""
+    """The values that a float hyperparameter may take, in the usual notation: ``[0, 1)``.
+
+    Attributes:
+        text: The notation.
+        sensible: Those that are worth a search, where more are allowed.
+    """
 
     text: str
+    sensible: Interval | None = None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lower and the upper end."""
+        low, high = map(float, self.text[1:-1].split(","))
+        return low, high
 
     def __contains__(self, value: float) -> bool:
-        low, high = map(float, self.text[1:-1].split(","))
+        low, high = self.ends
         above = value >= low if self.text[0] == "[" else value > low
         below = value <= high if self.text[-1] == "]" else value < high
         return above and below
@@ -51,6 +64,8 @@ REAL = Interval("(-inf, inf)")
 Real = Annotated[float, REAL]
 NonNegative = Annotated[float, Interval("[0, inf)")]
 Decay = Annotated[float, Interval("[0, 1)")]
+LooseDecay = Annotated[float, Interval("[0, inf)", sensible=Interval("[0, 1)"))]
+"""A decay which the natives let be 1 and more."""
 
 
 class HyperparameterError(ValueError):
@@ -107,20 +122,29 @@ class Hyperparameters(abc.ABC):  # noqa: B024 (what derives from it may be abstr
     """
 
     def __post_init__(self) -> None:
-        for name, (_, check) in _fields(type(self)).items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))
+        for name, field in _fields(type(self)).items():
+            object.__setattr__(self, name, field.check(name, getattr(self, name)))
 
     @classmethod
     def hyperparameters(cls) -> tuple[str, ...]:
         """Names of the float fields, which are scalars of the update."""
-        return tuple(name for name, (is_float, _) in _fields(cls).items() if is_float)
+        return tuple(name for name, field in _fields(cls).items() if field.is_scalar)
+
+    @classmethod
+    def intervals(cls) -> dict[str, Interval]:
+        """The range of each of the `hyperparameters`."""
+        return {
+            name: field.interval
+            for name, field in _fields(cls).items()
+            if field.is_scalar and field.interval
+        }
 
     @property
     def structure(self) -> tuple[object, ...]:
         """All that may be branched on: with equal structures go equal programs."""
         return tuple(
-            is_zero(getattr(self, name)) if is_float else getattr(self, name)
-            for name, (is_float, _) in _fields(type(self)).items()
+            is_zero(getattr(self, name)) if field.is_scalar else getattr(self, name)
+            for name, field in _fields(type(self)).items()
         )
 
     @classmethod
@@ -168,6 +192,10 @@ class Rule(Hyperparameters):
 
     natives: ClassVar[tuple[Native, ...]] = ()
     """The frameworks' own optimizers that are this rule."""
+    by_shape: ClassVar[bool] = False
+    """Whether the update, or what it keeps, depends on the shape of the parameter."""
+    has_modes: ClassVar[bool] = False
+    """Whether it is evaluated at other weights than it is trained at: `evaluated`, `trained`."""
 
     lr: NonNegative
     weight_decay: NonNegative = 0.0
@@ -176,8 +204,16 @@ class Rule(Hyperparameters):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Names of the arrays kept for each parameter, of its shape and dtype."""
+        """Names of the arrays kept for each parameter, of its dtype."""
         return ()
+
+    def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The slots of a parameter of this shape, with their shapes: all of them, and the same.
+
+        Raises:
+            ValueError: the rule updates no parameter of this shape.
+        """
+        return dict.fromkeys(self.slots, shape)
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -188,6 +224,14 @@ class Rule(Hyperparameters):
         """What a slot or number is before the first step: one value, or `PARAM` for a copy."""
         return 0.0
 
+    def evaluated(self, xp: Namespace, param: Array, slot: Any) -> Array:
+        """The weights to evaluate the model at, where the parameter is what it is trained at."""
+        return param
+
+    def trained(self, xp: Namespace, param: Array, slot: Any) -> Array:
+        """The reverse of `evaluated`: the weights to go on with."""
+        return param
+
     @abc.abstractmethod
     def update(self, xp: Namespace, t: int, param: Array, grad: Array, slot: Any) -> Update:
         """The new parameter, slots and numbers; changes nothing and asks for no framework.
@@ -195,7 +239,7 @@ class Rule(Hyperparameters):
         Args:
             xp: The arrays' namespace; the functions in `portopt.arrays.FUNCTIONS`.
             t: The number of this step, from 1: a scalar.
-            param: The parameter.
+            param: The parameter; its shape may be asked for if `by_shape` says so.
             grad: Its gradient, of the same shape and dtype.
             slot: The slots and numbers, as attributes.
         """
@@ -246,11 +290,18 @@ def is_zero(value: object) -> bool:
 Check = Callable[[str, Any], Any]
 
 
+class _Field(NamedTuple):
+    """A field: whether it is a scalar of the update, what checks it, and the range of a float."""
+
+    is_scalar: bool
+    check: Check
+    interval: Interval | None = None
+
+
 @cache
-def _fields(cls: type[Hyperparameters]) -> dict[str, tuple[bool, Check]]:
-    """For each field: whether it is a float, and the function that checks it."""
+def _fields(cls: type[Hyperparameters]) -> dict[str, _Field]:
     hints = get_type_hints(cls, include_extras=True)
-    table: dict[str, tuple[bool, Check]] = {}
+    table: dict[str, _Field] = {}
     bases = [base for base in cls.__mro__[1:] if issubclass(base, Hyperparameters)]
     for field in fields(cls):
         if field.name == "params":
@@ -264,14 +315,16 @@ def _fields(cls: type[Hyperparameters]) -> dict[str, tuple[bool, Check]]:
         if hint is float and inherited and not intervals:
             table[field.name] = _fields(inherited[0])[field.name]  # with its range
         elif hint is float:
-            is_scalar = FIXED not in notes
-            table[field.name] = (is_scalar, _float_in(intervals[0] if intervals else REAL))
+            interval = intervals[0] if intervals else REAL
+            table[field.name] = _Field(FIXED not in notes, _float_in(interval), interval)
+        elif hint is int:
+            table[field.name] = _Field(False, _int_in(intervals[0] if intervals else REAL))
         elif hint is bool:
-            table[field.name] = (False, _bool)
+            table[field.name] = _Field(False, _bool)
         elif get_origin(hint) is Literal:
-            table[field.name] = (False, _one_of(get_args(hint)))
+            table[field.name] = _Field(False, _one_of(get_args(hint)))
         else:
-            table[field.name] = (False, _anything)
+            table[field.name] = _Field(False, _anything)
     return table
 
 
@@ -286,6 +339,17 @@ def _float_in(interval: Interval) -> Check:
         if number not in interval:
             raise HyperparameterError(name, value, f"in {interval.text}")
         return number
+
+    return check
+
+
+def _int_in(interval: Interval) -> Check:
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise HyperparameterTypeError(name, value, f"a whole number in {interval.text}")
+        if int(value) not in interval:
+            raise HyperparameterError(name, value, f"a whole number in {interval.text}")
+        return int(value)
 
     return check
 

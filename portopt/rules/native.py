@@ -26,6 +26,8 @@ class Native:
             field; or the fields, if it is a tuple of numbers.
         slots: For each slot its name in Keras, in the order in which Keras creates them; a mapping
             for each time that it goes over the variables.
+        words: How its errors begin for a field, where not as its framework's others do.
+        keeps_step: Whether its state counts the steps.
         eager: Whether the state is there from construction on, and not from the first step.
         sparse: Whether it takes sparse gradients, and updates nothing but their rows: "no", "also"
             or "only".
@@ -40,6 +42,8 @@ class Native:
     values: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     slots: tuple[Mapping[str, str], ...] = ()
+    words: Mapping[str, str] = field(default_factory=dict)
+    keeps_step: bool = True
     eager: bool = False
     sparse: str = "no"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import math
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -68,10 +70,12 @@ class Entry:
         name: Its name.
         package: The package that brings it; "portopt" for the project's own.
         options: Its fields with their defaults; None for one that must be given.
-        slots: Its slots with the defaults.
+        slots: Its slots with the defaults, for a matrix where the shape matters.
         further_slots: Those that options turn on.
         numbers: The scalars that it keeps for each parameter tensor.
         natives: The frameworks' own optimizers that are this rule.
+        bytes_per_parameter: Bytes of state for each float32 element of a 1024x1024 matrix: with the
+            defaults, and with every option.
     """
 
     name: str
@@ -81,12 +85,7 @@ class Entry:
     further_slots: tuple[str, ...]
     numbers: tuple[str, ...]
     natives: tuple[str, ...]
-
-    @property
-    def bytes_per_parameter(self) -> tuple[int, int]:
-        """Bytes of state for each float32 element: with the defaults, and with every option."""
-        least = 4 * len(self.slots)
-        return least, least + 4 * len(self.further_slots)
+    bytes_per_parameter: tuple[float, float]
 
 
 def entry(name: str, rule: type[Rule], package: str = "portopt") -> Entry:
@@ -97,24 +96,28 @@ def entry(name: str, rule: type[Rule], package: str = "portopt") -> Entry:
         for key, value in options.items()
         if value is None or value is False or value == 0
     }
-    slots, further = rule.unchecked(**options).slots, rule.unchecked(**options | all_on).slots
+    shape = (1024, 1024)
+    slots = rule.unchecked(**options).slot_shapes(shape)
+    further = rule.unchecked(**options | all_on).slot_shapes(shape)
+    sizes = [sum(map(math.prod, own.values())) * 4 / math.prod(shape) for own in (slots, further)]
     return Entry(
         name=name,
         package=package,
         options=options,
-        slots=slots,
+        slots=tuple(slots),
         further_slots=tuple(slot for slot in further if slot not in slots),
         numbers=rule.unchecked(**options).numbers,
         natives=tuple(native.name for native in vars(rule).get("natives", ())),
+        bytes_per_parameter=(sizes[0], sizes[1]),
     )
 
 
-def find(name: str, framework: str) -> tuple[type[Rule], Native | None]:
+def find(name: str, framework: str | None = None) -> tuple[type[Rule], Native | None]:
     """The rule of a name, in any case, and the framework's native twin of that rule.
 
     Args:
         name: A native's name in ``framework`` ("nadam" in Keras), a rule's, or an entry point's.
-        framework: "torch" or "keras".
+        framework: "torch" or "keras"; without one the names of natives do not count.
 
     Raises:
         TypeError: ``name`` is no string.
@@ -135,7 +138,57 @@ def find(name: str, framework: str) -> tuple[type[Rule], Native | None]:
     return own().get(key) or load(others[key]), None
 
 
-def drop_ins(framework: str) -> list[tuple[type[Rule], Native]]:
+def parse(text: str) -> Rule:
+    """The rule that a text names, with its options: ``adam`` or ``adam:lr=0.1,amsgrad=True``.
+
+    Raises:
+        ValueError: there is no such rule or option, an option is not given as NAME=VALUE or must be
+            given and is not, or its value is not allowed.
+        PluginError: a package's rule is asked for that cannot be loaded.
+
+    Example:
+        >>> parse("momentum:lr=0.5,buffer=average").buffer
+        'average'
+    """
+    rule, values = read(text)
+    known = [field.name for field in fields(rule)]
+    missing = [key for key in known if key not in values and key not in rule.defaults()]
+    if missing:
+        raise ValueError(f"{text}: {rule.__name__} must be given {', '.join(missing)}")
+    try:
+        return rule(**values)
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from error
+
+
+def read(text: str) -> tuple[type[Rule], dict[str, Any]]:
+    """The class and the options that a text has, as `parse` takes it; the values are not checked.
+
+    Raises:
+        ValueError, PluginError: as for `parse`, for the names.
+    """
+    name, *options = text.replace(":", ",", 1).split(",")
+    rule, _ = find(name)
+    known = [field.name for field in fields(rule)]
+    values = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or key not in known:
+            allowed = ", ".join(known)
+            raise ValueError(f"{text}: an option must be NAME=VALUE of {allowed}, got {option!r}")
+        values[key] = _literal(value)
+    return rule, values
+
+
+def _literal(text: str) -> Any:
+    """A number, True or False as Python writes it; else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def drop_ins(framework: str | None) -> list[tuple[type[Rule], Native]]:
     """Each native of a framework, with its rule."""
     return [
         (rule, native)

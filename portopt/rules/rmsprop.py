@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from portopt.arrays import Array, Namespace
-from portopt.rules.base import Interval, NonNegative, Rule, Update, ema, mean_square
+from portopt.rules.base import Interval, LooseDecay, NonNegative, Rule, Update, ema, mean_square
 from portopt.rules.native import Native
 
 
@@ -94,7 +94,7 @@ class RMSprop(Rule):
     lr: NonNegative = 1e-2
     alpha: Annotated[float, Interval("[0, 1]")] = 0.99
     eps: NonNegative = 1e-8
-    momentum: NonNegative = 0.0
+    momentum: LooseDecay = 0.0
     centered: bool = False
     eps_form: Literal["outside", "inside"] = "outside"
     buffer: Literal["sum", "velocity"] = "sum"

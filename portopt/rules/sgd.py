@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from portopt.arrays import Array, Namespace
-from portopt.rules.base import HyperparameterError, NonNegative, Real, Rule, Update, ema
+from portopt.rules.base import HyperparameterError, LooseDecay, NonNegative, Real, Rule, Update, ema
 from portopt.rules.native import Native
 
 
@@ -116,7 +116,7 @@ class Momentum(Rule):
     )
 
     lr: NonNegative = 1e-2
-    momentum: NonNegative = 0.9
+    momentum: LooseDecay = 0.9
     dampening: Real = 0.0
     nesterov: bool = False
     buffer: Literal["sum", "velocity", "average"] = "sum"

@@ -34,7 +34,14 @@ def forms_of(cls):
             yield cls(lr=0.1, **values)
 
 
-FORMS = [form for cls in registry.own().values() for form in forms_of(cls)]
+def surrounded(form):
+    for options in SURROUNDINGS:
+        with suppress(HyperparameterError):  # a decay that the rule does not have
+            yield replace(form, **options)
+
+
+CLASSES = registry.own().values()
+FORMS = [form for cls in CLASSES if not cls.by_shape for form in forms_of(cls)]
 FORMS.append(Momentum(lr=0.1, momentum=0.0))
 SURROUNDINGS = [
     {"weight_decay": 0.0, "decoupled": False, "maximize": False},
@@ -42,9 +49,18 @@ SURROUNDINGS = [
     {"weight_decay": 0.1, "decoupled": False, "maximize": True},
     {"weight_decay": 0.1, "decoupled": True, "maximize": False},
 ]
-ALL = [replace(form, **options) for form, options in product(FORMS, SURROUNDINGS)]
+ALL = [rule for form in FORMS for rule in surrounded(form)]
 RULES = [rule for rule in ALL if trace(rule).elementwise]
 """Those that kernels take."""
+BY_SHAPE = [
+    rule for cls in CLASSES if cls.by_shape for form in forms_of(cls) for rule in surrounded(form)
+]
+"""Those that look at the shape of a parameter."""
+
+
+@pytest.fixture(scope="session")
+def by_shape():
+    return BY_SHAPE
 
 
 @pytest.fixture(params=ALL, ids=repr)

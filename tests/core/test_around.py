@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 from bits import assert_bits, awkward
-from support import assert_agree, gradients, rounded, weights
+from support import assert_agree, begun, gradients, rounded, weights
 from test_program import read_and_run
 
 from portopt import Around, Optimizer, Rule, TraceError, trace
@@ -151,7 +151,7 @@ def test_around_every_rule(rule):
     rng, param = np.random.default_rng(0), weights(67)
     optimizer = Optimizer(rule, [param], around=around)
     expected = {"param": param.copy()}
-    expected |= {slot: np.full(67, rule.initial(slot), np.float32) for slot in rule.slots}
+    expected |= begun(rule, param)
     expected["param_ema"] = param.copy()
     expected |= rounded({name: rule.initial(name) for name in rule.numbers})
     for t, finite in enumerate((True, True, False), 1):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from support import assert_agree, gradients, weights
+from support import assert_agree, begun, gradients, weights
 
 import portopt.optimizer
 from portopt import Optimizer, Rule, TraceError, trace
@@ -151,7 +151,7 @@ def test_half_types_compute_in_float32_and_round_once(name, rule):
     optimizer = Optimizer(rule, [param])
     expected = {
         "param": param.copy(),
-        **{s: np.full(23, rule.initial(s), dtype) for s in rule.slots},
+        **begun(rule, param),
     }
     for t, grad in enumerate(gradients(23, 4), 1):
         grad = grad.astype(dtype)

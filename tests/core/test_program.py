@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support import assert_agree, gradients, numbered, weights
+from support import assert_agree, begun, gradients, numbered, weights
 
 from portopt import trace
 from portopt.program import OPS, SCALAR_OPS, Instruction, Program, ProgramError
@@ -120,7 +120,12 @@ def test_scalars_are_formed_in_float64():
 OPERANDS = {
     name: [np.array([0.5, -0.5, 2.0]), np.array([1.0, -2.0, 2.0]), np.array([3.0, 4.0, 5.0])]
     for name in OPS
-} | {"where": [np.array([True, False, True]), np.array([1.0, 2.0, 3.0]), np.zeros(3)]}
+} | {
+    "where": [np.array([True, False, True]), np.array([1.0, 2.0, 3.0]), np.zeros(3)],
+    "sum_axis": [np.array([[1.0, 2.0], [3.0, 4.0]]), 0],
+    "matmul": [np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[0.0, 1.0], [1.0, 0.0]])],
+    "matrix_transpose": [np.array([[1.0, 2.0]])],
+}
 MEANINGS = {
     "less": [1.0, 0.0, 0.0],
     "add": [1.5, -2.5, 4.0],
@@ -134,6 +139,9 @@ MEANINGS = {
     "log": [np.log(0.5), np.nan, np.log(2.0)],
     "sign": [1.0, -1.0, 1.0],
     "sum": 2.0,
+    "sum_axis": [[4.0, 6.0]],
+    "matmul": [[2.0, 1.0], [4.0, 3.0]],
+    "matrix_transpose": [[1.0], [2.0]],
     "sqrt": [0.5**0.5, np.nan, 2.0**0.5],
     "maximum": [1.0, -0.5, 2.0],
     "minimum": [0.5, -2.0, 2.0],
@@ -262,7 +270,11 @@ def test_brackets(lines, text):
     assert env["y"] == eval(text, {}, names)
 
 
-FUNCTIONS = {name: getattr(np, name) for name, op in OPS.items() if op.binding == 9}
+def sum_axis(x, axis):
+    return np.sum(x, axis=axis, keepdims=True)
+
+
+FUNCTIONS = {name: getattr(np, name, sum_axis) for name, op in OPS.items() if op.binding == 9}
 
 
 def read_and_run(text, values, t, arrays):
@@ -280,7 +292,7 @@ def test_what_is_printed_is_what_is_computed(rule):
     program = trace(rule)
     arrays = {
         "param": weights(23),
-        **{slot: np.full(23, rule.initial(slot), np.float32) for slot in rule.slots},
+        **begun(rule, weights(23)),
     }
     values = numbered(rule)
     for t, grad in enumerate(gradients(23, 3), 1):

@@ -48,11 +48,11 @@ def test_natives_speak_of_fields_that_there_are(rule):
     known = {field.name for field in fields(rule)}
     for native in rule.natives:
         rule(**{"lr": 0.1, **native.values})  # which are allowed
-        targets = [native.target(argument) for argument in native.arguments]
+        targets = [to for name, to in native.arguments.items() if to != name]
         assert known.issuperset(n for t in targets for n in ([t] if isinstance(t, str) else t))
         slots = {slot for names in native.slots for slot in names}
         entry = registry.entry(rule.__name__, rule)
-        assert slots <= {*entry.slots, *entry.further_slots}
+        assert slots <= {*entry.slots, *entry.further_slots, *rule(lr=0.1).slots}
 
 
 def test_a_pair_of_fields_needs_a_pair():

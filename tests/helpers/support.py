@@ -53,6 +53,16 @@ def assert_agree(actual, expected, kind, *, start=None, what="values"):
         )
 
 
+def begun(rule, param, dtype=None):
+    """The slots of a parameter before the first step."""
+    slots = {}
+    for slot, shape in rule.slot_shapes(param.shape).items():
+        value = rule.initial(slot)
+        value = param if isinstance(value, str) else value  # a copy of the parameter
+        slots[slot] = np.full(shape, value, dtype or param.dtype)
+    return slots
+
+
 def rounded(numbers, dtype=np.float32):
     """A rule's numbers as they are kept beside parameters of a dtype."""
     return {name: float(np.dtype(dtype).type(value)) for name, value in numbers.items()}

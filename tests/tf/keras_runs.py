@@ -69,10 +69,13 @@ def case(label, **kwargs):
 def raw_variables(dtype="float64"):
     import tensorflow as tf
 
-    return [
+    variables = [
         tf.Variable(weights(shape, seed), dtype=dtype, name=f"w{seed}")
         for seed, shape in enumerate(SHAPES)
     ]
+    for variable in variables:
+        variable.path = variable.name  # without which Keras's own Muon fails
+    return variables
 
 
 def apply_steps(optimizer, variables, steps=6, mode="eager", seed=0, change=None):

@@ -76,10 +76,12 @@ def check_precision(apply):
 def check_parity(apply, labels=EACH, **options):
     """In float64 each case is the native."""
     for label in labels:
+        # Keras's own norms and powers are float32's in part, outside TensorFlow.
+        kind = "float32" if label.startswith(("adafactor", "muon")) else "float64"
         optimizers = case(label, learning_rate=0.25, **options)
         native, ours = (steps(o, variables("float64"), apply) for o in optimizers)
-        assert_variables(ours, native, "float64", arrays(variables("float64")))
-        assert_variables(optimizers[1].variables, optimizers[0].variables, "float64")
+        assert_variables(ours, native, kind, arrays(variables("float64")))
+        assert_variables(optimizers[1].variables, optimizers[0].variables, kind)
 
 
 def check_fit(**compile_args):

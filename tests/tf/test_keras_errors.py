@@ -61,7 +61,9 @@ def test_every_bad_argument_is_named(name, argument):
     default = inspect.signature(CLASSES[name]).parameters[argument].default
     cases = [("x", (TypeError, ValueError))]
     if isinstance(default, float):
-        cases += [(None, (TypeError, ValueError)), (nan, ValueError), (inf, ValueError)]
+        cases += [(nan, ValueError), (inf, ValueError)]
+        if argument != "rms_rate":  # None turns that off
+            cases.append((None, (TypeError, ValueError)))
     for value, kind in cases:
         with pytest.raises(kind, match=f"`{argument}` must be .* Received: {argument}={value!r}"):
             CLASSES[name](**{argument: value})

@@ -119,8 +119,8 @@ def test_loss_scale_optimizer_around_ours(label, how):
         for bad in (False, False, True, False):
             model.train_on_batch(x, np.full_like(y, np.inf) if bad else y)
         assert int(optimizer.iterations) == 3
-        # Around its own Nadam, Keras loses sight of the product of momenta.
-        state = [v for v in wrapped.variables if v.name != "mu_product"]
+        # Around its own, Keras loses sight of Nadam's product, and of what Adafactor has idle.
+        state = [v for v in wrapped.variables if v.name != "mu_product" and v.dtype != "int32"]
         results.append([*model.weights, *state])
     assert_variables(results[1], results[0], "float64")
 

@@ -68,8 +68,8 @@ def test_float32_is_near_float64(label, mode):
     actual = apply_steps(ours, raw_variables("float32"), mode=mode)
     keras.config.set_floatx("float64")
     native, _ = twins(name, **own)
-    keras.config.set_floatx("float32")
     start, expected = raw_variables(), apply_steps(native, raw_variables())
+    keras.config.set_floatx("float32")
     assert_variables(actual, expected, "float32", start)
 
 
@@ -199,6 +199,7 @@ def test_repeated_rows_are_summed_as_in_a_dense_gradient(label, mode, option):
     results = []
     for optimizer, sparse in zip(case(label, **option), (False, True), strict=True):
         variable = tf.Variable(np.ones((5, 2)))
+        variable.path = variable.name  # without which Keras's own Muon fails
         optimizer.build([variable])
 
         def apply(o=optimizer, v=variable, sparse=sparse):

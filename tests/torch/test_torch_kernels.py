@@ -16,7 +16,7 @@ from runpy import run_path
 import numpy as np
 import pytest
 import torch
-from support import assert_agree, gradients, weights
+from support import assert_agree, begun, gradients, weights
 from torch._dynamo.testing import CompileCounter
 from twins import (
     IDS,
@@ -98,8 +98,8 @@ def in_numpy(rule, param, grads, slots=()):
     """The parameter and slots that the interpreted program ends with; None is no gradient."""
     program, t = trace(rule), 0
     stored = {"param": real(param)}
-    full = partial(torch.full_like, stored["param"])
-    stored |= {slot: full(rule.initial(slot)) for slot in program.slots} | dict(slots)
+    first = begun(rule, stored["param"].double().numpy())
+    stored |= {k: torch.tensor(x).to(stored["param"].dtype) for k, x in first.items()} | dict(slots)
     kept = {name: in_float32(rule.initial(name)) for name in program.numbers}
     dtype = torch.float64 if stored["param"].dtype == torch.float64 else torch.float32
     for t, grad in enumerate((grad for grad in grads if grad is not None), 1):

@@ -1,0 +1,96 @@
+"""What Keras's optimizers that look at shapes do with their variables: Adafactor and Muon."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from keras import ops
+
+from portopt import rules
+from portopt_tf.optimizer import Optimizer, path_of
+
+_ADAM = next(native for native in rules.Adam.natives if native.framework == "keras")
+
+
+class Adafactor(Optimizer):
+    """Keeps Keras's variables, also those without a use.
+
+    A mean is without the axis that is gone, and a number where there are no rows and columns; the
+    velocity of a variable with rows and columns is formed anew in each step.
+    """
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        super().update_step(gradient, variable, learning_rate)
+        if len(variable.shape) > 1:
+            index = self._get_variable_index(variable)
+            row, column, velocity = (own[index] for own in self._slots.values())
+            row = row / ops.mean(row, axis=-1, keepdims=True)
+            self.assign(velocity, ops.expand_dims(row, -1) * ops.expand_dims(column, -2))
+
+    def _add_slots(
+        self, rule: rules.Rule, names: Mapping[str, str], variables: list[Any]
+    ) -> dict[str, list[Any]]:
+        slots: dict[str, list[Any]] = {"row_var": [], "col_var": [], "variance": []}
+        for variable in variables:
+            *others, rows, columns = (None, None, *variable.shape)
+            for slot, size in (("row_var", rows), ("col_var", columns)):
+                shape, dtype = (*others[2:], size), variable.dtype
+                if rows is None:
+                    shape, dtype = (), "int32"
+                slots[slot].append(self.add_variable(shape, dtype=dtype, name=variable.name))
+            slots["variance"].append(self.add_variable_from_reference(variable, name="velocity"))
+        return slots
+
+
+class Muon(Optimizer):
+    """Moves matrices by Muon, and every other variable by Adam, as Keras says which."""
+
+    def rule_of(self) -> tuple[type[rules.Rule], dict[str, Any]]:
+        rule, values = super().rule_of()
+        if self.rms_rate is None:
+            values |= {"adjust_lr_fn": "constant", "rms_rate": 0.0}
+        return rule, values
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "exclude_layers": self.exclude_layers or []}
+
+    def variant(self, variable: Any) -> Hashable:
+        velocity = self._slots["exp_avg_sq"][self._get_variable_index(variable)]
+        return super().variant(variable), velocity is not None
+
+    def rule_for(self, variant: Any, learning_rate: Any) -> rules.Rule:
+        decays, is_for_adam = variant
+        if not is_for_adam:
+            return super().rule_for(decays, learning_rate)
+        # Keras multiplies the decay by the learning rate as it was given.
+        decay = (self.adam_weight_decay or 0.0) / self.adam_lr_ratio if decays else 0.0
+        values = {
+            "beta1": self.adam_beta_1,
+            "beta2": self.adam_beta_2,
+            "eps": self.epsilon,
+            "weight_decay": decay,
+            "lr": learning_rate * self.adam_lr_ratio,
+        }
+        return rules.Adam.unchecked(**{**_ADAM.values, **values})
+
+    def _is_for_adam(self, variable: Any) -> bool:
+        if len(variable.shape) != 2:
+            return True
+        path = path_of(variable)
+        if self.exclude_embeddings and "embedding" in path.lower():
+            return True
+        return any(re.search(layer, path) for layer in self.exclude_layers or ())
+
+    def _add_slots(
+        self, rule: rules.Rule, names: Mapping[str, str], variables: list[Any]
+    ) -> dict[str, list[Any]]:
+        momenta, velocities = [], []
+        for variable in variables:
+            momenta.append(self.add_variable_from_reference(variable, name="momentum"))
+            own = None
+            if self._is_for_adam(variable):
+                own = self.add_variable_from_reference(variable, name="velocity")
+            velocities.append(own)
+        return {"momentum_buffer": momenta, "exp_avg": momenta, "exp_avg_sq": velocities}
