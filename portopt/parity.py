@@ -34,6 +34,7 @@ from portopt.rules import (
     Lamb,
     Lion,
     Momentum,
+    Muon,
     NAdam,
     RAdam,
     RMSprop,
@@ -133,6 +134,11 @@ CASES = (
         Adafactor,
         torch=[{}, DECAY | UP | {"eps": (1e-3, 1e-2), "d": 2.0, "beta2_decay": -0.5}],
         keras=[{}, DECAY | {"clip_threshold": 2.0}],
+    ),
+    *_cases(
+        Muon,
+        torch=[{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}],
+        keras=[{}, {"nesterov": False, "ns_steps": 3}],
     ),
     *_cases(
         Ftrl,

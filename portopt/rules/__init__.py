@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from portopt.rules.ftrl import Ftrl
     from portopt.rules.lamb import Lamb
     from portopt.rules.lion import Lion
+    from portopt.rules.muon import Muon
     from portopt.rules.nadam import NAdam
     from portopt.rules.radam import RAdam
     from portopt.rules.rmsprop import RMSprop
@@ -52,6 +53,7 @@ __all__ = [
     "Lamb",
     "Lion",
     "Momentum",
+    "Muon",
     "NAdam",
     "Native",
     "NonNegative",
