@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from portopt.rules.radam import RAdam
     from portopt.rules.rmsprop import RMSprop
     from portopt.rules.rprop import Rprop
+    from portopt.rules.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
     from portopt.rules.sgd import SGD, Momentum
 
 __all__ = [
@@ -61,12 +62,16 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "Rule",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "Slots",
 ]
 
 _FILES = {
     "AdamW": "adam",
     "Momentum": "sgd",
+    "ScheduleFreeAdamW": "schedule_free",
+    "ScheduleFreeSGD": "schedule_free",
 }
 """Where a rule is that has no file of its own name."""
 
