@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from portopt import tape, worker
+from portopt import extras, tape, worker
 from portopt.optimizer import Optimizer
 from portopt.parity import Case
 from portopt.rules import SGD, Adam, AdamW, Momentum, RMSprop
@@ -85,15 +85,9 @@ def digits(epochs: int) -> Task:
     """The task, the same in every process.
 
     Raises:
-        ModuleNotFoundError: scikit-learn is missing; names it.
+        ModuleNotFoundError: scikit-learn is missing; says which extra to install.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the digits come with scikit-learn: pip install scikit-learn"
-        ) from error
-    x, y = load_digits(return_X_y=True)
+    x, y = extras.load("sklearn.datasets", "plot").load_digits(return_X_y=True)
     rng = np.random.default_rng(0)
     order = rng.permutation(len(x))
     x, y = (x[order] / 16).astype(np.float32), y[order].astype(np.int64)

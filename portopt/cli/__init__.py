@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from portopt import __version__
-from portopt.cli import bench, demo, parity, rules
+from portopt.cli import bench, demo, parity, plan, race, rules, tune
 
-COMMANDS = (demo, rules, parity, bench)
+COMMANDS = (demo, rules, parity, bench, race, tune, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

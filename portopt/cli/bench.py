@@ -12,6 +12,7 @@ from typing import Any
 from portopt import bench, plots, worker
 from portopt.cli.console import (
     Failures,
+    draw,
     output,
     picture,
     print_table,
@@ -95,11 +96,11 @@ def run(arguments: argparse.Namespace) -> int:
     }
     write(results, arguments.json)
     if arguments.plot is not None:
-        try:
-            plots.step_times(found).savefig(arguments.plot, dpi=120)
-            print(f"\nThe bars are in {arguments.plot}")
-        except (ModuleNotFoundError, OSError) as error:
-            print(f"\nNo picture: {error}")
+        draw(
+            arguments.plot,
+            "The bars are",
+            lambda path: plots.step_times(found).savefig(path, dpi=120),
+        )
     for failure in failures:
         print(f"\nportopt: {failure}", file=sys.stderr)
     return 2 if failures else 0

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,31 @@ Failures = list[worker.WorkerError]
 
 def positive(text: str) -> int:
     """A whole number of at least 1, as an argument's type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return _at_least(1, text)
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 0, as an argument's type."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text}")
     return int(text)
+
+
+def checked(read: Callable[[str], Any]) -> Callable[[str], str]:
+    """An argument's type: a text that ``read`` reads without an error."""
+
+    def check(text: str) -> str:
+        try:
+            read(text)
+        except (ValueError, ImportError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return text
+
+    return check
 
 
 def output(text: str) -> Path:
@@ -75,6 +97,15 @@ def write(results: Any, path: Path | None) -> None:
     """Write results as JSON, if they are asked for."""
     if path is not None:
         path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def draw(path: Path, what: str, write: Callable[[Path], Any]) -> None:
+    """Write a picture, and say where it is, or why there is none."""
+    try:
+        write(path)
+        print(f"\n{what} in {path}")
+    except (ModuleNotFoundError, OSError) as error:
+        print(f"\nNo picture: {error}")
 
 
 def verdict(passed: list[bool], failures: Failures) -> int:

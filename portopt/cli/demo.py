@@ -9,6 +9,7 @@ from typing import Any
 from portopt import demo, plots, worker
 from portopt.cli.console import (
     Failures,
+    draw,
     each_framework,
     output,
     picture,
@@ -90,9 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
         "differences": [asdict(d) | {"passed": d.passed} for d in found],
     }
     write(results, arguments.json)
-    try:
-        plots.loss_curves(runs, found, task.steps_per_epoch).savefig(arguments.plot, dpi=120)
-        print(f"\nThe curves are in {arguments.plot}")
-    except (ModuleNotFoundError, OSError) as error:
-        print(f"\nNo picture: {error}")
+    draw(
+        arguments.plot,
+        "The curves are",
+        lambda path: plots.loss_curves(runs, found, task.steps_per_epoch).savefig(path, dpi=120),
+    )
     return verdict([d.passed for d in found], failures)

@@ -22,14 +22,15 @@ LEVELS = [
     {"rules", "program"},
     {"trace"},
     {"kernels"},
-    {"optimizer", "tape", "jax"},
+    {"optimizer", "sharding", "tape", "jax"},
     # "" is the package's own face.
-    {"", "__main__", "bench", "cli", "demo", "parity", "plots", "worker"},
+    {"", "__main__", "bench", "cli", "demo", "extras", "parity", "plots", "race", "tune", "worker"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 HEAVY = {
     *FRAMEWORKS,
     *("jax", "optax", "llvmlite", "numba", "triton", "matplotlib", "sklearn", "scipy", "pandas"),
+    "optuna",
     *("cupy", "ml_dtypes", "array_api_compat", "array_api_strict", "portopt_torch", "portopt_tf"),
 }
 FILES = sorted(path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py"))
