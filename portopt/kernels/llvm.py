@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -107,7 +108,8 @@ def refusal(storage: Sequence[str]) -> str | None:
     return None
 
 
-def kernel(program: Program, storage: Sequence[str]) -> str:
+@cache
+def kernel(program: Program, storage: tuple[str, ...]) -> str:
     """The kernel of a program, in LLVM assembly.
 
     It is a function of ``(table, spans, n_spans, counter)``, all addresses but ``n_spans``. A row
