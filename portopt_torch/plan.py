@@ -241,9 +241,7 @@ def add_slots(state: dict[str, Any], rule: Rule, slots: tuple[str, ...], param: 
         old, shape = state.get(slot), shapes.get(slot, param.shape)
         if shape != param.shape:
             if old is None:
-                state[slot] = torch.full(
-                    shape, host(initial(rule, slot)), dtype=param.dtype, device=param.device
-                )
+                state[slot] = param.detach().new_full(shape, host(initial(rule, slot)))
         elif old is None:
             state[slot] = _initial(initial(rule, slot), param)
         elif _strides(old) != _strides(param):  # as a native's may be, which copies the gradient
