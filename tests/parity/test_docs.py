@@ -1,23 +1,19 @@
-"""Every Python snippet of README and docs runs."""
+"""Every Python snippet of README, docs and examples runs."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from scripts import ROOT, run_script
 
 from portopt import trace, worker
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")]
 SNIPPETS = [
-    pytest.param(snippet, id=f"{page.name}-{number}")
-    for page in PAGES
-    for number, snippet in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+    pytest.param(snippet, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in sorted(PAGES)
+    for number, snippet in enumerate(re.findall(r"```python.*?\n(.*?)```", page.read_text(), re.S))
 ]
 
 
@@ -28,14 +24,7 @@ def test_snippet_runs(snippet, tmp_path):
             pytest.skip(f"{framework} is not installed")
     script = tmp_path / "snippet.py"  # a file: a dataclass looks for its module
     script.write_text(snippet)
-    done = subprocess.run(
-        [sys.executable, script],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_script(script, tmp_path)
 
 
 def test_the_readme_shows_what_its_first_snippet_prints():
