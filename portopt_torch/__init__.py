@@ -1,5 +1,6 @@
 """portopt's rules as ``torch.optim.Optimizer`` subclasses."""
 
+from importlib import import_module
 from typing import Any
 
 from portopt_torch.drop_in import SGD, Adam, AdamW, RMSprop, get, names
@@ -10,7 +11,9 @@ __all__ = ["SGD", "Adam", "AdamW", "Optimizer", "RMSprop", "from_rule", "get", "
 
 
 def __getattr__(name: str) -> Any:
-    """The drop-in classes that are made of rules, and those of rules that PyTorch lacks."""
+    """The drop-in classes that are made of rules, those of rules that PyTorch lacks, `Sharded`."""
+    if name in ("Sharded", "WorkerError"):  # they need torch.distributed
+        return getattr(import_module("portopt_torch.sharded"), name)
     if not name.startswith("_"):
         from portopt.rules import registry  # here, as `import portopt_torch` is to be quick
 

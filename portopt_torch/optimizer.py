@@ -194,7 +194,8 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps."""
         state: dict[str, Any] = super().__getstate__()
-        return {**state, "around": self.around}
+        # The base class adds to the defaults that it is given.
+        return {**state, "defaults": dict(self.defaults), "around": self.around}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in what the states of older versions lack."""

@@ -1,0 +1,741 @@
+"""`Sharded`: any of these optimizers, its state divided among the workers of a process group."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+from torch.autograd import Variable
+from torch.distributed import checkpoint
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from portopt.sharding import Buffers, Plan, Span, divide, grad_norm
+from portopt.trace import specialized
+from portopt_torch.collectives import GroupCollectives, WorkerError
+from portopt_torch.launch import STORAGE
+from portopt_torch.optimizer import Optimizer
+from portopt_torch.plain import host
+from portopt_torch.shard import Shard
+
+BUCKET = 1 << 23
+"""Bytes of gradients that are exchanged together during a backward pass."""
+
+
+class Sharded(torch.optim.Optimizer):
+    """An optimizer of which every worker keeps, and runs, one part: ZeRO's stages 1 and 2.
+
+    Each worker has all parameters, the same on all of them. In `step` it updates its spans of them,
+    by the optimizer's own kernels, and receives the others'. What it ends with is what the
+    optimizer alone would have made of the averaged gradients, bit for bit.
+
+    `step` uses up the gradients: new parameters are written and received where these were, and
+    take their places when all have arrived everywhere. So there is no second copy of the model, and
+    if a worker fails, parameters are as before the step (or, where another one failed right at
+    the end, as after it), and not a part of them each.
+
+    Args:
+        optimizer: One of this package's, which this one takes the place of, with what state it has;
+            schedulers, hooks and the like see an optimizer as ever.
+        group: The workers: a process group or a 1-D ``DeviceMesh``; by default that of ``ddp``,
+            else all there are.
+        stage: 1: the gradients are averaged already, as ``DistributedDataParallel`` leaves them.
+            2: a worker gets the averages of its spans alone, exchanged while the backward pass goes
+            on, and keeps no other gradients.
+        ddp: For stage 2, the ``DistributedDataParallel`` around the model, if there is one: it
+            leaves the exchange to this optimizer. It keeps its own memory for all gradients.
+        timeout: How many seconds an exchange may take before it is an error. With NCCL it is the
+            process group's own timeout that counts.
+
+    Attributes:
+        plan: Who updates what. Its tensors are numbered group by group, frozen ones last.
+        collectives: The connection to the other workers.
+
+    Raises:
+        TypeError: ``optimizer`` is none of this package's, or a parameter's dtype cannot be cut.
+        ValueError: the workers have different parameters, one that is not contiguous, or
+            ``stage``, ``ddp`` or ``timeout`` is not allowed.
+
+    Source:
+        Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter
+        Models", sections 5.1 and 5.2. https://arxiv.org/abs/1910.02054
+
+    Example::
+
+        model = DistributedDataParallel(model)
+        optimizer = Sharded(portopt_torch.AdamW(model.parameters(), lr=1e-3))
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler's: a step that it skips, all have to skip
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        group: Any = None,
+        *,
+        stage: Literal[1, 2] = 1,
+        ddp: DistributedDataParallel | None = None,
+        timeout: float = 300.0,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be one of portopt_torch, got {optimizer!r}")
+        if stage not in (1, 2) or (ddp is not None and stage == 1):
+            raise ValueError(f"stage must be 1 or 2, and 2 with ddp, got {stage!r}")
+        if not timeout > 0:
+            raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
+        if isinstance(group, DeviceMesh):
+            group = group.get_group()  # raises where it has more dimensions
+        group = group or (ddp.process_group if ddp else distributed.group.WORLD)
+        device = optimizer.param_groups[0]["params"][0].device
+        self.stage = stage
+        self.collectives = GroupCollectives(group, device, timeout)
+        self.plan = Plan((), (), ((),) * self.collectives.size)
+        self._whole, self._local = optimizer, copy.copy(optimizer)
+        self._local.param_groups, self._local.state = [], defaultdict(dict)
+        self._local.into_grad = True
+        self._local.rule_of = self._rule_of  # type: ignore[method-assign]
+        self._params: list[Tensor] = []  # in the order of the plan
+        self._number: dict[Tensor, int] = {}
+        self._views: dict[Tensor, Tensor] = {}  # this worker's, as the local optimizer has them
+        self._parts: dict[Span, Tensor] = {}  # all spans of the parameters, flat
+        self._addresses: list[int] = []  # where the parameters were then
+        self._failure: WorkerError | None = None
+        self._exchange = _Exchange(self) if stage == 2 and ddp is None else None
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._extend(self.param_groups)
+        if ddp is not None:
+            self._pool = ThreadPoolExecutor(1, "portopt")
+            ddp.register_comm_hook(self, lambda own, bucket: own._reduce_bucket(bucket))
+        if optimizer.state:
+            self.load_state_dict(optimizer.state_dict())
+            optimizer.state.clear()
+
+    @property
+    def around(self) -> Any:
+        """What stands around the rule; the norm is that of all gradients of all groups."""
+        return self._whole.around
+
+    @around.setter
+    def around(self, value: Any) -> None:
+        self._whole.around = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which is divided by itself; all workers do it together."""
+        if any(param_group is group for group in self._whole.param_groups):  # as this one begins
+            return super().add_param_group(param_group)
+        self._whole.add_param_group(param_group)
+        super().add_param_group(param_group)
+        return self._extend([param_group])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; all workers do it together.
+
+        Args:
+            closure: Evaluates the model again and returns the loss, which is returned.
+
+        Raises:
+            WorkerError: another worker has ended, or not answered in time: the error names the
+                exchange and the timeout. Parameters are all as before the step, or all as after
+                it; the state is not, so that every further step is refused: load a checkpoint.
+            RuntimeError: as the optimizer's own step does, or a gradient is sparse.
+            ValueError: stage 1, and a gradient is not there on all workers; nothing is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_usable()
+        with self._guard("the parameters are those before the step"):
+            present = self._present()
+            found_inf = getattr(self, "found_inf", None)  # GradScaler's
+            if found_inf is not None and self.stage == 2:
+                raise RuntimeError("stage 2 takes no GradScaler: each worker sees other gradients")
+            if found_inf is None or not host(found_inf):
+                self._update(self._places(present), present)
+        self._drop_grads()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer`` does; a share of the gradients goes, too."""
+        super().zero_grad(set_to_none)
+        if self._exchange:
+            self._exchange.drop()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it, backward passes add up gradients without an exchange; for stage 2.
+
+        A worker has all gradients meanwhile. Without it, passes add up what each exchanges.
+        """
+        if self._exchange is None:
+            raise RuntimeError("no_sync is stage 2's: DistributedDataParallel has one of its own")
+        self._exchange.waits = True
+        try:
+            yield
+        finally:
+            self._exchange.waits = False
+
+    def eval(self) -> None:
+        """See `Optimizer.eval`; all workers do it together."""
+        self._switch("eval")
+
+    def train(self) -> None:
+        """See `Optimizer.train`; all workers do it together."""
+        self._switch("train")
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """This worker's part, under the optimizer's own keys, for ``torch.distributed.checkpoint``.
+
+        A slot of a parameter that this worker has not all of is a `Shard`.
+        """
+        self._local.state_dict()  # gives slots to what has been turned on since the last step
+        self._show_state()
+        state: dict[str, Any] = super().state_dict()
+        params = self._flat_params()
+        for key, own in state["state"].items():
+            param = params[key]
+            span = self._own[self._number[param]]
+            if span.length < param.numel():
+                own = {
+                    name: value if value.dim() == 0 else Shard(value, span.start, param.shape)
+                    for name, value in own.items()
+                }
+            state["state"][key] = own
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of the unsharded optimizer, or of this class with the same division.
+
+        That of another number of workers is loaded by `load_checkpoint`.
+
+        Raises:
+            ValueError: it does not fit; nothing is changed then.
+        """
+
+        def take(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
+            self._local.load_state_dict(self._cut_state(state_dict))
+            return {**state_dict, "state": {}}
+
+        before = self.register_load_state_dict_pre_hook(take)
+        after = self.register_load_state_dict_post_hook(lambda _: self._show_state(), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+        self._failure = None
+
+    def load_checkpoint(self, folder: Any, key: str = "optimizer") -> None:
+        """Load what any number of workers, or the unsharded optimizer, saved; all do it together.
+
+        Args:
+            folder: Where ``torch.distributed.checkpoint`` saved a state, or a ``StorageReader``.
+            key: What the optimizer's ``state_dict`` is called in it.
+
+        Raises:
+            ValueError: it does not fit; nothing is changed then.
+        """
+        is_reader = isinstance(folder, checkpoint.StorageReader)
+        reader = folder if is_reader else checkpoint.FileSystemReader(folder)
+        saved = reader.read_metadata().state_dict_metadata
+        wanted = super().state_dict()
+        places = {param: place for place, param in enumerate(self._flat_params())}
+        state: dict[int, dict[str, Any]] = {}
+        for number, span in self._own.items():
+            param = self._params[number]
+            start = f"{key}.state.{places[param]}."
+            for name, meta in saved.items():
+                if name.startswith(start):
+                    cut = meta.size == param.shape and span.length < param.numel()
+                    value = torch.empty(
+                        span.length if cut else meta.size,
+                        dtype=meta.properties.dtype,
+                        device=param.device if meta.size else "cpu",
+                    )
+                    entry = Shard(value, span.start, param.shape) if cut else value
+                    state.setdefault(places[param], {})[name[len(start) :]] = entry
+        read = {key: {"state": state, "param_groups": wanted["param_groups"]}}
+        checkpoint.load(read, storage_reader=reader, process_group=self.collectives.group)
+        self.load_state_dict(read[key])
+
+    @torch.no_grad()
+    def consolidated_state_dict(self, to: int = 0) -> dict[str, Any] | None:
+        """The unsharded optimizer's ``state_dict``, on one worker; all do it together.
+
+        The parts go straight to where they belong; none needs more memory than some messages.
+
+        Args:
+            to: The worker, by its rank in the group.
+
+        Returns:
+            The state, on all other workers None.
+        """
+        self._check_usable()
+        self._local.state_dict()
+        self._show_state()
+        rank, group = self.collectives.rank, self.collectives.group
+        own = {
+            span.tensor: {
+                name: value if value.dim() == 0 else (self._shape_of(span, value), value.dtype)
+                for name, value in self.state[self._params[span.tensor]].items()
+            }
+            for span in self.plan.spans[rank]
+            if self._params[span.tensor] in self.state
+        }
+        said: list[Any] = [None] * self.collectives.size
+        receives = said if rank == to else None
+        with self._guard("nothing is changed"):
+            with self.collectives.named("gathering of the state"):
+                root = distributed.get_global_rank(group, to)
+                distributed.gather_object(own, receives, root, group)
+            whole: dict[int, dict[str, Any]] = defaultdict(dict)
+            pieces = [list(self._rooms(r, some or {}, whole)) for r, some in enumerate(said)]
+            slots = [
+                self.state[self._params[number]][name].reshape(-1)
+                for number, entries in own.items()
+                for name, what in entries.items()
+                if not torch.is_tensor(what)
+            ]
+            if rank == to:
+                torch._foreach_copy_(pieces[rank], slots)
+            else:
+                pieces[rank] = slots
+            self.collectives.gather(pieces, to, "gathering of the state")
+        if rank != to:
+            return None
+        places = [self._number[param] for param in self._flat_params()]
+        state = {place: whole[number] for place, number in enumerate(places) if number in whole}
+        return {"state": state, "param_groups": super().state_dict()["param_groups"]}
+
+    def _shape_of(self, span: Span, slot: Tensor) -> torch.Size:
+        shape = self._params[span.tensor].shape
+        return shape if span.length < self.plan.sizes[span.tensor] else slot.shape
+
+    def _rooms(
+        self, rank: int, described: Mapping[int, Any], whole: dict[int, dict[str, Any]]
+    ) -> Iterator[Tensor]:
+        """Where to put a worker's slots, in ``whole``; what needs no room is put there."""
+        spans = {span.tensor: span for span in self.plan.spans[rank]}
+        for number, entries in described.items():
+            param, span = self._params[number], spans[number]
+            for name, what in entries.items():
+                if torch.is_tensor(what):
+                    whole[number][name] = what
+                    continue
+                shape, dtype = what
+                if name not in whole[number]:
+                    whole[number][name] = torch.empty(shape, dtype=dtype, device=param.device)
+                flat = whole[number][name].view(-1)
+                is_cut = span.length < self.plan.sizes[number]
+                yield flat[span.start : span.stop] if is_cut else flat
+
+    def _cut_state(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a state the local optimizer is to load."""
+        groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError(
+                "loaded state dict has groups of another number or size than the optimizer's"
+            )
+        state: dict[Any, Any] = {}
+        cut_groups = []
+        for ours, theirs in zip(self.param_groups, groups, strict=True):
+            keys = dict(zip(theirs["params"], ours["params"], strict=True))
+            mine = [key for key, param in keys.items() if param in self._views]
+            cut_groups.append({**theirs, "params": mine})
+            cut_groups[-1].pop("param_names", None)
+            for key in mine:
+                if key in state_dict["state"]:
+                    span = self._own[self._number[keys[key]]]
+                    entries = state_dict["state"][key].items()
+                    state[key] = {
+                        k: self._cut(f"{k!r} of parameter {key}", x, span) for k, x in entries
+                    }
+        return {"state": state, "param_groups": cut_groups}
+
+    def _cut(self, what: str, value: Any, span: Span) -> Any:
+        param = self._params[span.tensor]
+        if isinstance(value, Shard):
+            has = value.start, value.local.numel(), value.shape
+            if has != (span.start, span.length, param.shape):
+                raise ValueError(
+                    f"loaded {what} must be its elements from {span.start} to {span.stop}, is "
+                    f"{value.start} to {value.start + value.local.numel()}: another number of "
+                    "workers saved it; use load_checkpoint"
+                )
+            return value.local
+        if not torch.is_tensor(value) or value.dim() == 0 or span.length == param.numel():
+            return value
+        if value.shape != param.shape:
+            raise ValueError(
+                f"loaded {what} must have shape {tuple(param.shape)}, got {tuple(value.shape)}"
+            )
+        return value.reshape(-1)[span.start : span.stop].clone()
+
+    def _show_state(self) -> None:
+        """Let `state` have what the local optimizer's has, by the whole parameters."""
+        if len(self.state) != len(self._local.state):
+            self.state.clear()
+            for param, view in self._views.items():
+                if view in self._local.state:
+                    self.state[param] = self._local.state[view]
+
+    # The division
+
+    def _extend(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Divide the parameters of groups, those that are frozen by themselves."""
+        described = [
+            [(tuple(p.shape), str(p.dtype), p.requires_grad) for p in group["params"]]
+            for group in groups
+        ]
+        said: list[Any] = [None] * self.collectives.size
+        with self.collectives.named("comparison of the parameters"):
+            distributed.all_gather_object(said, described, self.collectives.group)
+        if any(other != described for other in said):
+            raise ValueError(
+                "params must be the same on all workers, are of other shapes or dtypes"
+            )
+        owned: dict[Tensor, bool] = {}
+        for group in groups:
+            if group.get("differentiable"):
+                raise ValueError("differentiable must be False to be sharded, is True")
+            rule, program = self._whole._traced(group)
+            for param in group["params"]:
+                if param.dtype not in STORAGE or param.is_complex():
+                    raise TypeError(f"a parameter must be of real floats, is {param.dtype}")
+                if not param.is_contiguous():
+                    raise ValueError(
+                        f"a parameter must be contiguous, one of shape {tuple(param.shape)} is not"
+                    )
+                own = specialized(program, rule, self.around, param.shape)
+                owned[param] = own.elementwise
+        for trains in (True, False):
+            params = [param for param in owned if param.requires_grad is trains]
+            self._number |= {p: n for n, p in enumerate(params, len(self._params))}
+            self._params += params
+            more = divide(
+                [param.numel() for param in params],
+                self.collectives.size,
+                whole=[place for place, param in enumerate(params) if not owned[param]],
+                widths=[param.element_size() for param in params],
+            )
+            self.plan = self.plan.extended(more)
+        self._own = {span.tensor: span for span in self.plan.spans[self.collectives.rank]}
+        for group in groups:
+            mine = [param for param in group["params"] if self._number[param] in self._own]
+            self._views |= {param: self._view(param) for param in mine}
+            views = [self._views[param] for param in mine]
+            self._local.param_groups.append({**group, "params": views})
+            self._local.param_groups[-1].pop("param_names", None)
+        if self._exchange:
+            self._exchange.extend([param for param in owned if param.requires_grad])
+
+    def _view(self, param: Tensor) -> Tensor:
+        """This worker's span of a tensor like a parameter; of its shape where it is all of it."""
+        span = self._own[self._number[param]]
+        whole = span.length == param.numel()
+        return param.detach() if whole else _part(_flat(param), span)
+
+    def _flat_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _rule_of(self, group: Mapping[str, Any]) -> Any:
+        """A group's rule: Adafactor's depends on the first parameter, which may be elsewhere."""
+        for ours, theirs in zip(self.param_groups, self._local.param_groups, strict=False):
+            if theirs is group:
+                group = {**group, "params": ours["params"]}
+        return self._whole.rule_of(group)
+
+    # A step
+
+    def _check_usable(self) -> None:
+        if self._failure:
+            raise RuntimeError(
+                "a worker has failed before: load a checkpoint into a new optimizer"
+            ) from self._failure
+
+    @contextmanager
+    def _guard(self, what: str) -> Iterator[None]:
+        """Note that a worker fails, and say what has become of the parameters."""
+        try:
+            yield
+        except WorkerError as error:
+            self._failure = error
+            raise WorkerError(f"{error}; {what}: go on from a checkpoint") from error
+
+    def _present(self) -> set[int]:
+        """The tensors that have a gradient; the same on all workers."""
+        here = np.array([param.grad is not None for param in self._params], np.float64)
+        if self._exchange:
+            return self._exchange.complete(here)
+        count = self.collectives.all_reduce(here)
+        for number, workers in enumerate(count):
+            if 0 < workers < self.collectives.size and self.stage == 1:
+                shape = tuple(self._params[number].shape)
+                raise ValueError(
+                    f"a parameter of shape {shape} must have a gradient on all workers or on none, "
+                    f"has one on {workers:g} of {self.collectives.size}"
+                )
+        return {*np.flatnonzero(count).tolist()}
+
+    def _places(self, present: set[int]) -> dict[Span, Tensor]:
+        """For all spans of tensors with a gradient, flat, where their new values are to go.
+
+        Until then the averages of gradients are there: stage 1's all, stage 2's of the own spans.
+        """
+        spans = [span for some in self.plan.spans for span in some if span.tensor in present]
+        places: dict[Span, Tensor] = {}
+        if self._exchange:
+            for span in spans:
+                share = self._exchange.shares.get(span)
+                places[span] = (
+                    self._params[span.tensor].new_empty(span.length) if share is None else share
+                )
+            return places
+        grads: dict[int, Tensor] = {}
+        seen: set[int] = set()
+        for number in present:
+            param = self._params[number]
+            grad = torch.zeros_like(param) if param.grad is None else param.grad
+            if grad.is_sparse:
+                raise RuntimeError("a gradient must not be sparse to be sharded")
+            if not grad.is_contiguous() or grad.data_ptr() in seen:
+                grad = grad.clone(memory_format=torch.contiguous_format)
+            seen.add(grad.data_ptr())
+            grads[number] = grad.view(-1)
+        return {span: _part(grads[span.tensor], span) for span in spans}
+
+    def _update(self, places: dict[Span, Tensor], present: set[int]) -> None:
+        around, local = self.around, self._local
+        if around.needs_norm:
+            pieces = {s: x for s, x in places.items() if s.tensor in self._own}
+            if self.stage == 2:
+                pieces = {span: x for span, x in pieces.items() if span in self._own.values()}
+            local.grad_norm = grad_norm(
+                pieces,
+                self._params,
+                self.plan,
+                self.collectives,
+                _BUFFERS,
+                scattered=present if self.stage == 2 else (),
+            )
+            if around.skip_nonfinite and not np.isfinite(local.grad_norm):
+                return
+        local.around = replace(around, skip_nonfinite=False, zero_grad=False)
+        local.grad_scale = getattr(self, "grad_scale", None)  # GradScaler's
+        for ours, theirs in zip(self.param_groups, local.param_groups, strict=True):
+            theirs.update(
+                {key: value for key, value in ours.items() if key in theirs and key != "params"}
+            )
+        self._follow()
+        for param, view in self._views.items():
+            span = self._own[self._number[param]]
+            view.grad = places[span].view(view.shape) if span in places else None
+        local.step()
+        for view in self._views.values():
+            view.grad = None
+        self._show_state()
+        pieces = [[places[s] for s in some if s in places] for some in self.plan.spans]
+        self.collectives.all_gather(pieces, "exchange of parameters")
+        self.collectives.barrier()  # all have all: nobody stays behind
+        torch._foreach_copy_([self._parts[span] for span in places], list(places.values()))
+
+    def _follow(self) -> None:
+        """Look where the parameters are: ``module.to`` may have moved them."""
+        addresses = [param.data_ptr() for param in self._params]
+        if addresses != self._addresses:
+            self._addresses = addresses
+            spans = [span for some in self.plan.spans for span in some]
+            self._parts = {span: _part(_flat(self._params[span.tensor]), span) for span in spans}
+            for param, view in self._views.items():
+                view.data = self._view(param)
+
+    def _drop_grads(self) -> None:
+        grads = [param.grad for param in self._params if param.grad is not None]
+        if self.around.zero_grad:
+            torch._foreach_zero_(grads)
+        else:
+            for param in self._params:
+                param.grad = None
+        if self._exchange:
+            self._exchange.drop()
+
+    @torch.no_grad()
+    def _switch(self, mode: str) -> None:
+        self._check_usable()
+        self._follow()
+        getattr(self._local, mode)()
+        for ours, theirs in zip(self.param_groups, self._local.param_groups, strict=True):
+            ours.update({key: theirs[key] for key in ("train_mode",) if key in theirs})
+        pieces = [[self._parts[span] for span in some] for some in self.plan.spans]
+        with self._guard("some parameters are those of before, others not"):
+            self.collectives.all_gather(pieces, f"exchange of parameters of {mode}()")
+
+    # Stage 2
+
+    def _reduce_bucket(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """A hook of DistributedDataParallel: average of a bucket what is this worker's."""
+        grads = {
+            self._number[param]: _flat(grad)
+            for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True)
+            if param in self._number
+        }
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+
+        def work() -> None:
+            try:
+                self.reduce(grads)
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(bucket.buffer())
+
+        self._pool.submit(work)
+        return done
+
+    def reduce(self, grads: Mapping[int, Tensor]) -> dict[Span, Tensor]:
+        """Average whole gradients over all workers, each its own spans, in place.
+
+        Args:
+            grads: Flat, by their numbers in the plan; the same ones on all workers.
+
+        Returns:
+            This worker's spans of them.
+        """
+        spans = [[s for s in some if s.tensor in grads] for some in self.plan.spans]
+        pieces = [[grads[s.tensor][s.start : s.stop] for s in some] for some in spans]
+        with self._guard("the parameters are those before the step"):
+            own = self.collectives.reduce_scatter(pieces)
+        return dict(zip(spans[self.collectives.rank], own, strict=True))
+
+
+class _Exchange:
+    """The gradients of stage 2, which are exchanged bucket by bucket as they become ready.
+
+    Attributes:
+        waits: Whether nothing is to be exchanged now.
+        shares: The averages of this worker's spans so far, flat.
+    """
+
+    def __init__(self, optimizer: Sharded) -> None:
+        self.optimizer, self.waits = optimizer, False
+        self.shares: dict[Span, Tensor] = {}
+        self._had: set[int] = set()  # the tensors that have had a gradient here since the last step
+        self._buckets: list[list[int]] = []
+        self._bucket: dict[int, int] = {}
+        self._pool = ThreadPoolExecutor(1, "portopt")
+        self._begin()
+
+    def _begin(self) -> None:
+        self._missing = [{*bucket} for bucket in self._buckets]
+        self._under_way: list[tuple[list[int], Future[dict[Span, Tensor]]]] = []
+        self._next, self._is_running = 0, False
+
+    def extend(self, params: Iterable[Tensor]) -> None:
+        """Watch parameters; the last ones are expected to be ready first."""
+        room = 0
+        for param in reversed(list(params)):
+            number = self.optimizer._number[param]
+            if param.nbytes > room:
+                self._buckets.append([])
+                room = BUCKET
+            room -= param.nbytes
+            self._buckets[-1].append(number)
+            self._bucket[number] = len(self._buckets) - 1
+            param.register_post_accumulate_grad_hook(self._on_grad)
+        self._begin()
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+        self.shares.clear()
+        self._had.clear()
+
+    def complete(self, here: np.ndarray[Any, Any]) -> set[int]:
+        """Exchange what has not been; returns the tensors that have a gradient on any worker.
+
+        Args:
+            here: For each tensor whether it has a gradient that has not been exchanged.
+        """
+        flags = np.append(here, here.any())
+        flags[list(self._had)] = 1.0
+        total = self.optimizer.collectives.all_reduce(flags)
+        if total[-1]:
+            self._finish()
+        return {*np.flatnonzero(total[:-1]).tolist()}
+
+    def _on_grad(self, param: Tensor) -> None:
+        if self.waits:
+            return
+        self.optimizer._check_usable()
+        if not self._is_running:
+            self._is_running = True
+            Variable._execution_engine.queue_callback(self._finish)
+        number = self.optimizer._number[param]
+        self._missing[self._bucket[number]].discard(number)
+        while self._next < len(self._buckets) and not self._missing[self._next]:
+            self._launch()
+
+    def _finish(self) -> None:
+        """Exchange the other buckets, with zeros for what has no gradient."""
+        while self._next < len(self._buckets):
+            self._launch()
+        while self._under_way:
+            self._collect()
+        self._begin()
+
+    def _launch(self) -> None:
+        numbers = self._buckets[self._next]
+        self._next += 1
+        grads: dict[int, Tensor] = {}
+        for number in numbers:
+            param = self.optimizer._params[number]
+            if param.grad is None:
+                grads[number] = torch.zeros_like(param).view(-1)
+            else:
+                self._had.add(number)
+                grads[number] = _flat(param.grad.contiguous())
+        if len(self._under_way) == 2:
+            self._collect()
+        future = self._pool.submit(self.optimizer.reduce, grads)
+        self._under_way.append((numbers, future))
+
+    @torch.no_grad()
+    def _collect(self) -> None:
+        numbers, future = self._under_way.pop(0)
+        for span, mean in future.result().items():
+            if span in self.shares:
+                self.shares[span] += mean
+            elif span.length < self.optimizer.plan.sizes[span.tensor]:
+                self.shares[span] = mean.clone()  # lets go of the rest
+            else:
+                self.shares[span] = mean
+        for number in numbers:
+            self.optimizer._params[number].grad = None
+
+
+class _HostBuffers(Buffers):
+    """PyTorch's tensors, also of a device."""
+
+    def host(self, piece: Tensor) -> Any:
+        return super().host(piece.cpu())
+
+
+_BUFFERS = _HostBuffers()
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().view(-1)
+
+
+def _part(flat: Tensor, span: Span) -> Tensor:
+    return flat if span.length == flat.numel() else flat[span.start : span.stop]

@@ -1,0 +1,189 @@
+"""`Sharded` where a ``torch.optim.Optimizer`` is expected, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import workers
+from bits import assert_bits
+from torch import distributed
+from torch.optim.lr_scheduler import StepLR
+
+if not distributed.is_available():
+    pytest.skip("this PyTorch has no torch.distributed", allow_module_level=True)
+
+import portopt_torch
+from portopt import Around
+from portopt_torch import Sharded
+
+
+def make(shard, cls="AdamW", **options):
+    """A model of two groups, whose last layer is frozen, and its optimizer."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(20, 30), torch.nn.Linear(30, 9), torch.nn.Linear(9, 5)
+    )
+    net[2].requires_grad_(False)
+    groups = [{"params": net[0].parameters(), "lr": 0.05}, {"params": net[2].parameters()}]
+    optimizer = portopt_torch.get(cls)(groups, lr=0.1, **options)
+    return net, Sharded(optimizer) if shard else optimizer
+
+
+def train(net, optimizer):
+    """Steps with a scheduler, a hook, a group added later, and parameters frozen until later."""
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(len(optimizer.state)))
+    schedule = StepLR(optimizer, 2, gamma=0.5)
+    for t in range(8):
+        if t == 2:
+            optimizer.add_param_group({"params": net[1].parameters(), "weight_decay": 0.1})
+        if t == 4:
+            net[2].requires_grad_(True)
+        optimizer.zero_grad()
+        x = torch.linspace(-1, 1, 80).reshape(4, 20) * (t + 1)
+        loss = optimizer.step(lambda x=x: back(net(x).square().mean()))
+        assert torch.is_tensor(loss)
+        schedule.step()
+    assert len(seen) == 8
+    return [param.detach().numpy() for param in net.parameters()]
+
+
+def back(loss):
+    loss.backward()
+    return loss
+
+
+def use_at_two(rank):
+    return {name: train(*make(True, name)) for name in ("AdamW", "Adagrad", "SGD")}
+
+
+@pytest.mark.distributed
+def test_it_is_used_as_the_optimizer_alone_is():
+    for ends in workers.run(2, use_at_two):
+        for name, params in ends.items():
+            for param, expected in zip(params, train(*make(False, name)), strict=True):
+                assert_bits(param, expected, name)
+
+
+MODES = portopt_torch.get("schedulefreeadamw")
+
+
+def switch_at_two(rank):
+    return switch(True)
+
+
+def switch(shard):
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(50, 3))
+    optimizer = MODES([param], lr=0.1)
+    optimizer = Sharded(optimizer) if shard else optimizer
+    seen = []
+    for t in range(4):
+        param.grad = param.detach() + t
+        optimizer.step()
+        optimizer.eval()
+        seen.append(param.detach().clone().numpy())
+        with pytest.raises(RuntimeError, match="call train"):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        optimizer.train()
+        seen.append(param.detach().clone().numpy())
+    return seen
+
+
+@pytest.mark.distributed
+def test_weights_to_evaluate_are_those_of_all_workers():
+    for seen in workers.run(2, switch_at_two):
+        for actual, expected in zip(seen, switch(False), strict=True):
+            assert_bits(actual, expected)
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def param(shape=(3, 2), **options):
+    return torch.nn.Parameter(torch.ones(shape, **options))
+
+
+BAD = {
+    "native": (lambda: Sharded(torch.optim.Adam([param()])), TypeError, "optimizer must be one of"),
+    "stage": (lambda: Sharded(portopt_torch.Adam([param()]), stage=3), ValueError, "stage must be"),
+    "timeout": (
+        lambda: Sharded(portopt_torch.Adam([param()]), timeout=0),
+        ValueError,
+        "timeout must",
+    ),
+    "gaps": (
+        lambda: Sharded(portopt_torch.Adam([torch.nn.Parameter(torch.ones(3, 2).T)])),
+        ValueError,
+        r"contiguous, one of shape \(2, 3\)",
+    ),
+    "complex": (
+        lambda: Sharded(portopt_torch.Adam([param(dtype=torch.complex64)])),
+        TypeError,
+        "real floats",
+    ),
+    "differentiable": (
+        lambda: Sharded(portopt_torch.Adam([param()], differentiable=True)),
+        ValueError,
+        "differentiable must be False",
+    ),
+    "no_sync": (
+        lambda: Sharded(portopt_torch.Adam([param()])).no_sync().__enter__(),
+        RuntimeError,
+        "no_sync is stage 2's",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "kind", "words"), BAD.values(), ids=BAD)
+def test_what_is_refused(make, kind, words, group):
+    with pytest.raises(kind, match=words):
+        make()
+
+
+def test_state_that_does_not_fit(group):
+    weight = param()
+    optimizer = Sharded(portopt_torch.Adam([weight], lr=0.1))
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert {*state["state"][0]} == {"step", "exp_avg", "exp_avg_sq"}
+    for bad, words in (
+        ({**state, "param_groups": []}, "groups of another number"),
+        ({**state, "state": {0: {"step": 1.0}}}, "has no tensor 'exp_avg'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            optimizer.load_state_dict(bad)
+    assert optimizer.state[weight]["step"] == 1
+
+
+def test_gradients_are_zeroed_or_dropped(group):
+    for around, expected in ((Around(), None), (Around(zero_grad=True), 0.0)):
+        weight = param()
+        optimizer = Sharded(portopt_torch.Adam([weight], lr=0.1, around=around))
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert (weight.grad is None) == (expected is None)
+        assert expected is None or not weight.grad.any()
+
+
+def differ(rank):
+    with pytest.raises(ValueError, match="params must be the same on all workers"):
+        Sharded(portopt_torch.Adam([param((3, 2 + rank))]))
+    weight = param()
+    optimizer = Sharded(portopt_torch.Adam([weight]))
+    weight.grad = torch.ones_like(weight) if rank else None
+    with pytest.raises(ValueError, match=r"has one on 1 of 2"):
+        optimizer.step()
+    return weight.detach().tolist()
+
+
+@pytest.mark.distributed
+def test_workers_that_differ():
+    assert workers.run(2, differ) == [[[1.0, 1.0]] * 3] * 2
