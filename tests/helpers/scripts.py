@@ -21,10 +21,10 @@ def run_example(name, folder, *needed):
     return run_script(ROOT / "examples" / f"{name}.py", folder)
 
 
-def run_script(path, folder):
-    """What a script prints, run in a folder; it draws to files alone."""
+def run_script(path, folder, *launcher):
+    """What a script prints, run in a folder by Python or by a module; it draws to files alone."""
     done = subprocess.run(
-        [sys.executable, path],
+        [sys.executable, *launcher, path],
         cwd=folder,
         env={
             **os.environ,

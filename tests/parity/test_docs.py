@@ -15,6 +15,7 @@ SNIPPETS = [
     for page in sorted(PAGES)
     for number, snippet in enumerate(re.findall(r"```python.*?\n(.*?)```", page.read_text(), re.S))
 ]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
@@ -24,7 +25,7 @@ def test_snippet_runs(snippet, tmp_path):
             pytest.skip(f"{framework} is not installed")
     script = tmp_path / "snippet.py"  # a file: a dataclass looks for its module
     script.write_text(snippet)
-    run_script(script, tmp_path)
+    run_script(script, tmp_path, *(TORCHRUN if "init_process_group" in snippet else ()))
 
 
 def test_the_readme_shows_what_its_first_snippet_prints():
