@@ -64,9 +64,7 @@ def update(
         t: The number of this step, from 1.
         stored: For each parameter its variables and its gradient, by `Program.operands`.
     """
-    one = tf.minimum(tf.cast(t, tf.float64), 1.0)  # whose value no compiler knows
-    values = [scalars[name] for name in program.scalar_names]
-    vector = tf.convert_to_tensor([*values, one], tf.float64)
+    vector = _vector(program, scalars, t)
     small: dict[_Kind, dict[tuple[int, ...], list[Any]]] = defaultdict(lambda: defaultdict(list))
     large: dict[_Kind, list[Any]] = defaultdict(list)
     inside_xla = _is_inside_xla()
@@ -93,6 +91,30 @@ def update(
         for group, new in zip(by_shape.values(), zip(*results, strict=True), strict=True):
             for operands, *values in zip(group, *map(tf.unstack, new), strict=True):
                 kind.assign(operands, values)
+
+
+def outputs(
+    program: Program, scalars: Mapping[str, Any], t: Any, arrays: Mapping[str, Any], *, fused: bool
+) -> dict[str, Any]:
+    """A program's outputs for arrays of any one shape, by the same compiled step as `update`'s.
+
+    Args:
+        program: The program.
+        scalars: What ``program.scalars`` returned: floats, or 0-d tensors of float64.
+        t: The number of this step, from 1.
+        arrays: Tensors by `Program.operands`.
+        fused: Whether XLA makes one loop of it, as it does on CPUs.
+    """
+    operands = [arrays[name] for name in program.operands]
+    kind = _Kind(program, tuple(x.dtype for x in operands), fused)
+    results = _step(kind)(_vector(program, scalars, t), *operands)
+    return {name: result for (name, _), result in zip(program.outputs, results, strict=True)}
+
+
+def _vector(program: Program, scalars: Mapping[str, Any], t: Any) -> Any:
+    one = tf.minimum(tf.cast(t, tf.float64), 1.0)  # whose value no compiler knows
+    values = [scalars[name] for name in program.scalar_names]
+    return tf.convert_to_tensor([*values, one], tf.float64)
 
 
 @cache

@@ -76,7 +76,7 @@ class Optimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         for variable in variables:
-            _check_dtype(variable)
+            check_dtype(variable)
         super().build(variables)
         rule_class, values = self.rule_of()
         rule = rule_class.unchecked(**values, lr=self._get_current_learning_rate())
@@ -166,7 +166,7 @@ class Optimizer(keras.optimizers.Optimizer):
         rule = self.rule_for(self.variant(variable), learning_rate)
         shape = tuple(variable.shape)
         program = trace(rule, shape=shape)
-        scalars = _scalars(program, rule, self._numbers, self.iterations + 1)
+        scalars = scalars_of(program, rule, self._numbers, self.iterations + 1)
         stored = self._stored(program, gradient, variable)
         dtype = compute_dtype(keras.backend.standardize_dtype(variable.dtype))
         with _float64():
@@ -194,7 +194,7 @@ class Optimizer(keras.optimizers.Optimizer):
         for variant, some in pairs.items():
             rule = self.rule_for(variant, learning_rate)
             program = trace(rule)
-            scalars = _scalars(program, rule, self._numbers, t)
+            scalars = scalars_of(program, rule, self._numbers, t)
             traced.append((program, scalars, some))
         for program, scalars, some in traced:
             if can_be_compiled and program.elementwise:
@@ -239,7 +239,7 @@ class Optimizer(keras.optimizers.Optimizer):
         ):
             raise RuntimeError("the weights are those of eval(): call train() first")
         grads, variables = super()._filter_empty_gradients(grads, variables)
-        return [_dense(*pair) for pair in zip(grads, variables, strict=True)], variables
+        return [dense(*pair) for pair in zip(grads, variables, strict=True)], variables
 
     def _checked(self, learning_rate: Any) -> Rule:
         rule_class, values = self.rule_of()
@@ -265,7 +265,8 @@ def _initializer(value: Any) -> Any:
     return keras.initializers.Constant(np.float64(value) if isinstance(value, float) else value)
 
 
-def _check_dtype(variable: Any) -> None:
+def check_dtype(variable: Any) -> None:
+    """Raise a TypeError unless a rule can update the variable."""
     dtype = keras.backend.standardize_dtype(variable.dtype)
     if dtype not in STORAGE_DTYPES:
         allowed = ", ".join(STORAGE_DTYPES)
@@ -274,7 +275,7 @@ def _check_dtype(variable: Any) -> None:
         )
 
 
-def _dense(gradient: Any, variable: Any) -> Any:
+def dense(gradient: Any, variable: Any) -> Any:
     """The gradient as a tensor of the variable's shape.
 
     The rows that TensorFlow gives for an embedding are summed. A shape that is not known yet,
@@ -318,7 +319,7 @@ def _can_be_compiled(variables: list[Any]) -> bool:
     return compiled.is_possible(variables)
 
 
-def _scalars(program: Program, rule: Rule, numbers: Mapping[str, Any], t: Any) -> dict[str, Any]:
+def scalars_of(program: Program, rule: Rule, numbers: Mapping[str, Any], t: Any) -> dict[str, Any]:
     """The program's scalars: floats where ``t`` has a value, else 0-d tensors of float64."""
     values, learning_rate = vars(rule), rule.lr
     if not (_is_symbolic(t) or _is_symbolic(learning_rate)):
