@@ -155,8 +155,16 @@ CASES = (
 )
 """Every rule with every option that a native optimizer has too."""
 
-IN_BFLOAT16 = ("torch.optim.Muon",)
-"""What computes in bfloat16 whatever the dtype: float64 is then the rule's own, on NumPy."""
+
+def _has_float64(case: Case, framework: str) -> bool:
+    """Whether a native computes in float64; if not, the rule itself on NumPy is the reference.
+
+    PyTorch's Muon computes in bfloat16 whatever the dtype; Keras forms the norms and powers of
+    Adafactor and Muon in float32 outside TensorFlow.
+    """
+    if framework == "torch":
+        return not isinstance(case.rule, Muon)
+    return worker.keras_backend() == "tensorflow" or not case.rule.by_shape
 
 
 @dataclass(frozen=True)
@@ -349,7 +357,7 @@ def rows(
                 continue
             name = twin_name(framework, twin)
             reference = runs[f"float64 {name}"]
-            if name.split("(")[0] in IN_BFLOAT16:
+            if not _has_float64(case, framework):
                 reference = on_numpy(case.rule, "float64")
             theirs = distances(runs[f"float32 {name}"], reference)
             for backend, result in results.items():
