@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from torch.autograd import Variable
 from torch.distributed import checkpoint
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
@@ -21,13 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from portopt.sharding import Buffers, Plan, Span, divide, grad_norm
 from portopt.trace import specialized
 from portopt_torch.collectives import GroupCollectives, WorkerError
+from portopt_torch.exchange import Exchange, flat
 from portopt_torch.launch import STORAGE
 from portopt_torch.optimizer import Optimizer
 from portopt_torch.plain import host
 from portopt_torch.shard import Shard
-
-BUCKET = 1 << 23
-"""Bytes of gradients that are exchanged together during a backward pass."""
 
 
 class Sharded(torch.optim.Optimizer):
@@ -108,7 +105,7 @@ class Sharded(torch.optim.Optimizer):
         self._parts: dict[Span, Tensor] = {}  # all spans of the parameters, flat
         self._addresses: list[int] = []  # where the parameters were then
         self._failure: WorkerError | None = None
-        self._exchange = _Exchange(self) if stage == 2 and ddp is None else None
+        self._exchange = Exchange(self) if stage == 2 and ddp is None else None
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._extend(self.param_groups)
         if ddp is not None:
@@ -336,9 +333,9 @@ class Sharded(torch.optim.Optimizer):
                 shape, dtype = what
                 if name not in whole[number]:
                     whole[number][name] = torch.empty(shape, dtype=dtype, device=param.device)
-                flat = whole[number][name].view(-1)
+                line = whole[number][name].view(-1)
                 is_cut = span.length < self.plan.sizes[number]
-                yield flat[span.start : span.stop] if is_cut else flat
+                yield line[span.start : span.stop] if is_cut else line
 
     def _cut_state(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """What of a state the local optimizer is to load."""
@@ -444,7 +441,7 @@ class Sharded(torch.optim.Optimizer):
         """This worker's span of a tensor like a parameter; of its shape where it is all of it."""
         span = self._own[self._number[param]]
         whole = span.length == param.numel()
-        return param.detach() if whole else _part(_flat(param), span)
+        return param.detach() if whole else _part(flat(param), span)
 
     def _flat_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -556,7 +553,7 @@ class Sharded(torch.optim.Optimizer):
         if addresses != self._addresses:
             self._addresses = addresses
             spans = [span for some in self.plan.spans for span in some]
-            self._parts = {span: _part(_flat(self._params[span.tensor]), span) for span in spans}
+            self._parts = {span: _part(flat(self._params[span.tensor]), span) for span in spans}
             for param, view in self._views.items():
                 view.data = self._view(param)
 
@@ -586,7 +583,7 @@ class Sharded(torch.optim.Optimizer):
     def _reduce_bucket(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """A hook of DistributedDataParallel: average of a bucket what is this worker's."""
         grads = {
-            self._number[param]: _flat(grad)
+            self._number[param]: flat(grad)
             for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True)
             if param in self._number
         }
@@ -619,110 +616,6 @@ class Sharded(torch.optim.Optimizer):
         return dict(zip(spans[self.collectives.rank], own, strict=True))
 
 
-class _Exchange:
-    """The gradients of stage 2, which are exchanged bucket by bucket as they become ready.
-
-    Attributes:
-        waits: Whether nothing is to be exchanged now.
-        shares: The averages of this worker's spans so far, flat.
-    """
-
-    def __init__(self, optimizer: Sharded) -> None:
-        self.optimizer, self.waits = optimizer, False
-        self.shares: dict[Span, Tensor] = {}
-        self._had: set[int] = set()  # the tensors that have had a gradient here since the last step
-        self._buckets: list[list[int]] = []
-        self._bucket: dict[int, int] = {}
-        self._pool = ThreadPoolExecutor(1, "portopt")
-        self._begin()
-
-    def _begin(self) -> None:
-        self._missing = [{*bucket} for bucket in self._buckets]
-        self._under_way: list[tuple[list[int], Future[dict[Span, Tensor]]]] = []
-        self._next, self._is_running = 0, False
-
-    def extend(self, params: Iterable[Tensor]) -> None:
-        """Watch parameters; the last ones are expected to be ready first."""
-        room = 0
-        for param in reversed(list(params)):
-            number = self.optimizer._number[param]
-            if param.nbytes > room:
-                self._buckets.append([])
-                room = BUCKET
-            room -= param.nbytes
-            self._buckets[-1].append(number)
-            self._bucket[number] = len(self._buckets) - 1
-            param.register_post_accumulate_grad_hook(self._on_grad)
-        self._begin()
-
-    def drop(self) -> None:
-        """Forget the gradients."""
-        self.shares.clear()
-        self._had.clear()
-
-    def complete(self, here: np.ndarray[Any, Any]) -> set[int]:
-        """Exchange what has not been; returns the tensors that have a gradient on any worker.
-
-        Args:
-            here: For each tensor whether it has a gradient that has not been exchanged.
-        """
-        flags = np.append(here, here.any())
-        flags[list(self._had)] = 1.0
-        total = self.optimizer.collectives.all_reduce(flags)
-        if total[-1]:
-            self._finish()
-        return {*np.flatnonzero(total[:-1]).tolist()}
-
-    def _on_grad(self, param: Tensor) -> None:
-        if self.waits:
-            return
-        self.optimizer._check_usable()
-        if not self._is_running:
-            self._is_running = True
-            Variable._execution_engine.queue_callback(self._finish)
-        number = self.optimizer._number[param]
-        self._missing[self._bucket[number]].discard(number)
-        while self._next < len(self._buckets) and not self._missing[self._next]:
-            self._launch()
-
-    def _finish(self) -> None:
-        """Exchange the other buckets, with zeros for what has no gradient."""
-        while self._next < len(self._buckets):
-            self._launch()
-        while self._under_way:
-            self._collect()
-        self._begin()
-
-    def _launch(self) -> None:
-        numbers = self._buckets[self._next]
-        self._next += 1
-        grads: dict[int, Tensor] = {}
-        for number in numbers:
-            param = self.optimizer._params[number]
-            if param.grad is None:
-                grads[number] = torch.zeros_like(param).view(-1)
-            else:
-                self._had.add(number)
-                grads[number] = _flat(param.grad.contiguous())
-        if len(self._under_way) == 2:
-            self._collect()
-        future = self._pool.submit(self.optimizer.reduce, grads)
-        self._under_way.append((numbers, future))
-
-    @torch.no_grad()
-    def _collect(self) -> None:
-        numbers, future = self._under_way.pop(0)
-        for span, mean in future.result().items():
-            if span in self.shares:
-                self.shares[span] += mean
-            elif span.length < self.optimizer.plan.sizes[span.tensor]:
-                self.shares[span] = mean.clone()  # lets go of the rest
-            else:
-                self.shares[span] = mean
-        for number in numbers:
-            self.optimizer._params[number].grad = None
-
-
 class _HostBuffers(Buffers):
     """PyTorch's tensors, also of a device."""
 
@@ -733,9 +626,5 @@ class _HostBuffers(Buffers):
 _BUFFERS = _HostBuffers()
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().view(-1)
-
-
-def _part(flat: Tensor, span: Span) -> Tensor:
-    return flat if span.length == flat.numel() else flat[span.start : span.stop]
+def _part(line: Tensor, span: Span) -> Tensor:
+    return line if span.length == line.numel() else line[span.start : span.stop]
