@@ -52,12 +52,12 @@ def messages(pieces: Sequence[Tensor], *, longest: int | None = None) -> list[Me
     """Pieces in their order as messages; the same on all workers, if the sizes and dtypes are.
 
     Args:
-        pieces: Flat tensors.
+        pieces: Contiguous tensors.
         longest: The most bytes of a message; by default as many as a piece has.
     """
     result: list[Message] = []
     room = 0
-    for piece in pieces:
+    for piece in [piece.view(-1) for piece in pieces]:
         size = piece.numel() * piece.element_size()
         if size >= SMALL:
             most = max(size, 1) if longest is None else longest
@@ -75,8 +75,8 @@ def messages(pieces: Sequence[Tensor], *, longest: int | None = None) -> list[Me
 class GroupCollectives:
     """`portopt.sharding.Collectives` over a process group.
 
-    Pieces go straight from the sender's memory into the receiver's, large ones as they are, small
-    ones packed. What is added on arrival comes in messages of `LARGE` bytes.
+    Pieces may have any shape. They go straight from the sender's memory into the receiver's, large
+    ones as they are, small ones packed. What is added on arrival comes `LARGE` bytes at a time.
 
     Args:
         group: The process group.
@@ -86,6 +86,7 @@ class GroupCollectives:
     Attributes:
         rank: The number of this worker in the group.
         size: The number of workers.
+        others: The numbers of all others.
         sent: The bytes that this worker has sent in pieces.
     """
 
@@ -94,7 +95,7 @@ class GroupCollectives:
         self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
         self.sent = 0
         self._names = [distributed.get_global_rank(group, rank) for rank in range(self.size)]
-        self._others = [rank for rank in range(self.size) if rank != self.rank]
+        self.others = [rank for rank in range(self.size) if rank != self.rank]
 
     def reduce_scatter(self, pieces: Pieces) -> list[Tensor]:
         """See `portopt.sharding.Collectives`; the means are written into this rank's pieces."""
@@ -104,17 +105,13 @@ class GroupCollectives:
         def add(place: int, parts: dict[int, Tensor]) -> None:
             own = mine[place].packed()
             parts[self.rank] = own
-            compute = getattr(torch, compute_dtype(STORAGE[own.dtype]))
-            total = parts[0].to(compute)
-            for rank in range(1, self.size):
-                total.add_(parts[rank].to(compute))
-            own.copy_(total.mul_(1 / self.size))
+            average([own], [[parts[rank]] for rank in range(self.size)])
             mine[place].unpack(own)
 
         self._exchange(
             "exchange of gradients",
-            {rank: cut[rank] for rank in self._others},
-            dict.fromkeys(self._others, mine),
+            {rank: cut[rank] for rank in self.others},
+            dict.fromkeys(self.others, mine),
             lambda message: message.room(),
             add,
         )
@@ -122,6 +119,8 @@ class GroupCollectives:
 
     def all_gather(self, pieces: Pieces, what: str = "exchange of pieces") -> list[list[Tensor]]:
         """See `portopt.sharding.Collectives`; the pieces are written where they say.
+
+        When it returns, all workers have all pieces.
 
         Args:
             pieces: Those of this rank are sent, the others received.
@@ -135,11 +134,12 @@ class GroupCollectives:
 
         self._exchange(
             what,
-            dict.fromkeys(self._others, cut[self.rank]),
-            {rank: cut[rank] for rank in self._others},
+            dict.fromkeys(self.others, cut[self.rank]),
+            {rank: cut[rank] for rank in self.others},
             _place,
             write,
         )
+        self.all_reduce(np.zeros(1), what)
         return [list(theirs) for theirs in pieces]
 
     def gather(self, pieces: Pieces, to: int, what: str) -> None:
@@ -151,15 +151,17 @@ class GroupCollectives:
                 cut[rank][place].unpack(packed)
 
         sends = {to: cut[self.rank]} if self.rank != to else {}
-        receives = {rank: cut[rank] for rank in self._others} if self.rank == to else {}
+        receives = {rank: cut[rank] for rank in self.others} if self.rank == to else {}
         self._exchange(what, sends, receives, _place, write)
 
-    def all_reduce(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """See `portopt.sharding.Collectives`."""
+    def all_reduce(
+        self, values: np.ndarray[Any, Any], what: str = "agreement of all workers"
+    ) -> np.ndarray[Any, Any]:
+        """See `portopt.sharding.Collectives`; ``what`` is what it is called in an error."""
         total = torch.from_numpy(values).to(self.device, copy=True)
         options = distributed.AllreduceOptions()
         options.timeout = timedelta(seconds=self.timeout)
-        with self.named("agreement of all workers"):
+        with self.named(what):
             self.group.allreduce([total], options).wait()
             return total.cpu().numpy()
 
@@ -201,7 +203,7 @@ class GroupCollectives:
             packed: dict[int, Tensor] = {}  # one message may go to all
             operations, ranks, parts = [], [], {}
             own = 0  # bytes, beside the pieces themselves
-            for rank in self._others:
+            for rank in self.others:
                 for row, to in ((sends, distributed.isend), (receives, distributed.irecv)):
                     if place >= len(row.get(rank, ())):
                         continue
@@ -236,10 +238,27 @@ class GroupCollectives:
         """Turn what a backend raises into a `WorkerError` that says what failed."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise WorkerError(
                 f"{what} failed, with a timeout of {self.timeout:g} s: {error}"
             ) from error
+
+
+def average(own: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> None:
+    """Write means into tensors of one dtype; half types are added in float32.
+
+    Args:
+        own: Where they are to go.
+        parts: For each rank what is averaged, in the order in which it is added; free to change.
+    """
+    dtype = getattr(torch, compute_dtype(STORAGE[own[0].dtype]))
+    if own[0].dtype != dtype:
+        parts = [[part.to(dtype) for part in some] for some in parts]
+    total = parts[0]
+    for other in parts[1:]:
+        torch._foreach_add_(total, other)
+    torch._foreach_mul_(total, 1 / len(parts))
+    torch._foreach_copy_(own, total)
 
 
 def _place(message: Message) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -20,9 +22,29 @@ BUCKET = 1 << 23
 """Bytes of gradients that are exchanged together during a backward pass."""
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """A contiguous tensor as a line of its elements, for which autograd does not care."""
-    return tensor.detach().view(-1)
+LARGE = 1 << 22
+"""Bytes from which on memory is worth its own pages."""
+
+
+def room(like: Tensor) -> Tensor:
+    """Memory for as much as a contiguous tensor holds, of its shape and dtype.
+
+    Most of the cost of much memory is that the system clears it page by page; large pages make it
+    several times cheaper.
+    """
+    if like.device.type != "cpu" or like.nbytes < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty_like(like)
+    memory = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+
+
+def part_of(tensor: Tensor, span: Span) -> Tensor:
+    """A span of a contiguous tensor, flat where it is not all of it."""
+    if span.length == tensor.numel():
+        return tensor
+    return tensor.view(-1)[span.start : span.stop]
 
 
 class Exchange:
@@ -30,7 +52,7 @@ class Exchange:
 
     Attributes:
         waits: Whether nothing is to be exchanged now.
-        shares: The averages of this worker's spans so far, flat.
+        shares: The averages of this worker's spans so far.
     """
 
     def __init__(self, optimizer: Sharded) -> None:
@@ -106,10 +128,10 @@ class Exchange:
         for number in numbers:
             param = self.optimizer._params[number]
             if param.grad is None:
-                grads[number] = torch.zeros_like(param).view(-1)
+                grads[number] = torch.zeros_like(param)
             else:
                 self._had.add(number)
-                grads[number] = flat(param.grad.contiguous())
+                grads[number] = param.grad.detach().contiguous()
         if len(self._under_way) == 2:
             self._collect()
         future = self._pool.submit(self.optimizer.reduce, grads)
@@ -122,7 +144,7 @@ class Exchange:
             if span in self.shares:
                 self.shares[span] += mean
             elif span.length < self.optimizer.plan.sizes[span.tensor]:
-                self.shares[span] = mean.clone()  # lets go of the rest
+                self.shares[span] = room(mean).copy_(mean)  # lets go of the rest
             else:
                 self.shares[span] = mean
         for number in numbers:

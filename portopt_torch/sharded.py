@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from portopt.sharding import Buffers, Plan, Span, divide, grad_norm
 from portopt.trace import specialized
-from portopt_torch.collectives import GroupCollectives, WorkerError
-from portopt_torch.exchange import Exchange, flat
+from portopt_torch.collectives import WorkerError
+from portopt_torch.exchange import Exchange, part_of, room
 from portopt_torch.launch import STORAGE
+from portopt_torch.neighbours import connect
 from portopt_torch.optimizer import Optimizer
 from portopt_torch.plain import host
 from portopt_torch.shard import Shard
@@ -93,7 +94,7 @@ class Sharded(torch.optim.Optimizer):
         group = group or (ddp.process_group if ddp else distributed.group.WORLD)
         device = optimizer.param_groups[0]["params"][0].device
         self.stage = stage
-        self.collectives = GroupCollectives(group, device, timeout)
+        self.collectives = connect(group, device, timeout)
         self.plan = Plan((), (), ((),) * self.collectives.size)
         self._whole, self._local = optimizer, copy.copy(optimizer)
         self._local.param_groups, self._local.state = [], defaultdict(dict)
@@ -102,7 +103,7 @@ class Sharded(torch.optim.Optimizer):
         self._params: list[Tensor] = []  # in the order of the plan
         self._number: dict[Tensor, int] = {}
         self._views: dict[Tensor, Tensor] = {}  # this worker's, as the local optimizer has them
-        self._parts: dict[Span, Tensor] = {}  # all spans of the parameters, flat
+        self._parts: dict[Span, Tensor] = {}  # all spans of the parameters
         self._addresses: list[int] = []  # where the parameters were then
         self._failure: WorkerError | None = None
         self._exchange = Exchange(self) if stage == 2 and ddp is None else None
@@ -440,8 +441,7 @@ class Sharded(torch.optim.Optimizer):
     def _view(self, param: Tensor) -> Tensor:
         """This worker's span of a tensor like a parameter; of its shape where it is all of it."""
         span = self._own[self._number[param]]
-        whole = span.length == param.numel()
-        return param.detach() if whole else _part(flat(param), span)
+        return part_of(param.detach(), span)
 
     def _flat_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -486,18 +486,17 @@ class Sharded(torch.optim.Optimizer):
         return {*np.flatnonzero(count).tolist()}
 
     def _places(self, present: set[int]) -> dict[Span, Tensor]:
-        """For all spans of tensors with a gradient, flat, where their new values are to go.
+        """For all spans of tensors with a gradient, contiguous, where their new values are to go.
 
         Until then the averages of gradients are there: stage 1's all, stage 2's of the own spans.
         """
         spans = [span for some in self.plan.spans for span in some if span.tensor in present]
         places: dict[Span, Tensor] = {}
         if self._exchange:
+            self._follow()
             for span in spans:
                 share = self._exchange.shares.get(span)
-                places[span] = (
-                    self._params[span.tensor].new_empty(span.length) if share is None else share
-                )
+                places[span] = room(self._parts[span]) if share is None else share
             return places
         grads: dict[int, Tensor] = {}
         seen: set[int] = set()
@@ -509,13 +508,13 @@ class Sharded(torch.optim.Optimizer):
             if not grad.is_contiguous() or grad.data_ptr() in seen:
                 grad = grad.clone(memory_format=torch.contiguous_format)
             seen.add(grad.data_ptr())
-            grads[number] = grad.view(-1)
-        return {span: _part(grads[span.tensor], span) for span in spans}
+            grads[number] = grad
+        return {span: part_of(grads[span.tensor], span) for span in spans}
 
     def _update(self, places: dict[Span, Tensor], present: set[int]) -> None:
         around, local = self.around, self._local
         if around.needs_norm:
-            pieces = {s: x for s, x in places.items() if s.tensor in self._own}
+            pieces = {s: x.view(-1) for s, x in places.items() if s.tensor in self._own}
             if self.stage == 2:
                 pieces = {span: x for span, x in pieces.items() if span in self._own.values()}
             local.grad_norm = grad_norm(
@@ -536,15 +535,13 @@ class Sharded(torch.optim.Optimizer):
             )
         self._follow()
         for param, view in self._views.items():
-            span = self._own[self._number[param]]
-            view.grad = places[span].view(view.shape) if span in places else None
+            view.grad = places.get(self._own[self._number[param]])
         local.step()
         for view in self._views.values():
             view.grad = None
         self._show_state()
         pieces = [[places[s] for s in some if s in places] for some in self.plan.spans]
         self.collectives.all_gather(pieces, "exchange of parameters")
-        self.collectives.barrier()  # all have all: nobody stays behind
         torch._foreach_copy_([self._parts[span] for span in places], list(places.values()))
 
     def _follow(self) -> None:
@@ -553,7 +550,9 @@ class Sharded(torch.optim.Optimizer):
         if addresses != self._addresses:
             self._addresses = addresses
             spans = [span for some in self.plan.spans for span in some]
-            self._parts = {span: _part(flat(self._params[span.tensor]), span) for span in spans}
+            self._parts = {
+                span: part_of(self._params[span.tensor].detach(), span) for span in spans
+            }
             for param, view in self._views.items():
                 view.data = self._view(param)
 
@@ -583,7 +582,7 @@ class Sharded(torch.optim.Optimizer):
     def _reduce_bucket(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """A hook of DistributedDataParallel: average of a bucket what is this worker's."""
         grads = {
-            self._number[param]: flat(grad)
+            self._number[param]: grad
             for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True)
             if param in self._number
         }
@@ -604,13 +603,13 @@ class Sharded(torch.optim.Optimizer):
         """Average whole gradients over all workers, each its own spans, in place.
 
         Args:
-            grads: Flat, by their numbers in the plan; the same ones on all workers.
+            grads: Contiguous, by their numbers in the plan; the same ones on all workers.
 
         Returns:
             This worker's spans of them.
         """
         spans = [[s for s in some if s.tensor in grads] for some in self.plan.spans]
-        pieces = [[grads[s.tensor][s.start : s.stop] for s in some] for some in spans]
+        pieces = [[part_of(grads[s.tensor], s) for s in some] for some in spans]
         with self._guard("the parameters are those before the step"):
             own = self.collectives.reduce_scatter(pieces)
         return dict(zip(spans[self.collectives.rank], own, strict=True))
@@ -624,7 +623,3 @@ class _HostBuffers(Buffers):
 
 
 _BUFFERS = _HostBuffers()
-
-
-def _part(line: Tensor, span: Span) -> Tensor:
-    return line if span.length == line.numel() else line[span.start : span.stop]

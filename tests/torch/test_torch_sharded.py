@@ -112,8 +112,10 @@ def alone(name, size):
     return host(params)
 
 
-def train_sharded(rank, size):
+def train_sharded(rank, size, by_messages):
     """What each optimizer ends with, in both stages."""
+    if by_messages:
+        workers.by_messages()
     ends = {}
     for name, make in OPTIMIZERS.items():
         for stage in (1, 2):
@@ -132,16 +134,17 @@ def train_sharded(rank, size):
 
 
 @cache
-def sharded(size):
-    return workers.run(size, train_sharded, size)
+def sharded(size, by_messages):
+    return workers.run(size, train_sharded, size, by_messages)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("by_messages", [False, True], ids=["memory", "messages"])
 @pytest.mark.parametrize("size", [2, 3])
-def test_the_bits_of_the_optimizer_alone(size, name, stage):
+def test_the_bits_of_the_optimizer_alone(size, by_messages, name, stage):
     expected = alone(name, size)
-    for rank, ends in enumerate(sharded(size)):
+    for rank, ends in enumerate(sharded(size, by_messages)):
         params, held, plan = ends[name, stage]
         for key, value in expected.items():
             assert_bits(params[key], value, f"{key} on rank {rank}")

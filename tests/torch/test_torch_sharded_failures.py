@@ -17,6 +17,7 @@ import workers
 
 import portopt_torch
 from portopt_torch import Sharded, WorkerError, collectives
+from portopt_torch.neighbours import Neighbours
 
 pytestmark = pytest.mark.distributed
 
@@ -26,47 +27,57 @@ PHASES = {
     "gradients": "exchange of gradients",
     "update": "exchange of parameters",
     "parameters": "exchange of parameters",
-    "commit": "agreement of all workers",
+    "commit": "exchange of parameters",
 }
 
 
 def fail_in(phase, optimizer, how):
-    """Let this process end, or stop, where it has sent and received some of what it should."""
+    """Let this process end, or stop, where it has received some of what it should."""
 
     def now(*_):
         os.kill(os.getpid(), how)
         time.sleep(workers.SECONDS)  # another thread may be told to stop before this one
 
-    exchange = optimizer.collectives
     if phase == "update":
         optimizer._local.step = now
         return
-    if phase == "commit":
-        exchange.barrier = now
-        return
-    name = {"gradients": "reduce_scatter", "parameters": "all_gather"}[phase]
-    method, send = getattr(exchange, name), collectives.distributed.batch_isend_irecv
-    calls = []
-
-    def send_some(operations):
-        calls.append(operations)
-        works = send(operations)
-        if len(calls) == 2:
-            time.sleep(0.2)  # until they have arrived
-            now()
-        return works
+    exchange = optimizer.collectives
+    method = "reduce_scatter" if phase == "gradients" else "all_gather"
+    if isinstance(exchange, Neighbours):
+        place = exchange, "_say" if phase == "commit" else "_read", 2
+    elif phase == "commit":
+        place = exchange, "all_reduce", 1
+    else:
+        place = collectives.distributed, "batch_isend_irecv", 2
+    run = getattr(exchange, method)
 
     def then_fail(*args):
-        collectives.distributed.batch_isend_irecv = send_some
-        return method(*args)
+        fail_at(*place, now)
+        return run(*args)
 
-    setattr(exchange, name, then_fail)
+    setattr(exchange, method, then_fail)
 
 
-def train(rank, phase, how):
+def fail_at(owner, name, number, now):
+    """Fail where a function is called for the first, second, ... time from now."""
+    function, calls = getattr(owner, name), []
+
+    def counted(*args):
+        calls.append(args)
+        if len(calls) == number:
+            now()
+        return function(*args)
+
+    setattr(owner, name, counted)
+
+
+def train(rank, phase, how, by_messages):
+    if by_messages:
+        workers.by_messages()
     # Large enough for several messages of each worker.
     params = [torch.nn.Parameter(torch.ones(300, 300)) for _ in range(9)]
     optimizer = Sharded(portopt_torch.Adam(params, lr=0.1), stage=2, timeout=TIMEOUT)
+    assert isinstance(optimizer.collectives, Neighbours) is not by_messages
     for step in range(3):
         before = [param.detach().clone() for param in params]
         if rank == VICTIM and step == 2:
@@ -84,10 +95,11 @@ def train(rank, phase, how):
     return "nothing", 0.0, False, ""
 
 
+@pytest.mark.parametrize("by_messages", [False, True], ids=["memory", "messages"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 @pytest.mark.parametrize("phase", PHASES)
-def test_the_others_say_so_and_keep_their_parameters(phase, how):
-    *survivors, victim = workers.run(SIZE, train, phase, how)
+def test_the_others_say_so_and_keep_their_parameters(phase, how, by_messages):
+    *survivors, victim = workers.run(SIZE, train, phase, how, by_messages)
     assert victim is workers.Dead
     for error, seconds, kept, _ in survivors:
         assert error.startswith(PHASES[phase]) and "timeout of 2 s" in error, error

@@ -119,7 +119,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(saved, unsharded, tmp_path_factory):
-    """What 1, 2 and 3 workers end with that go on from a checkpoint of 2, or of none."""
+    """What 1, 2, 3 and 4 workers end with that go on from a checkpoint of 2, or of none."""
     alone = tmp_path_factory.mktemp("alone")
     for name, (middle, _) in unsharded.items():
         params, state = pickle.loads(middle)
@@ -133,6 +133,7 @@ def resumed(saved, unsharded, tmp_path_factory):
         for source, folder, size in (
             ("two", saved[0], 1),
             ("two", saved[0], 3),
+            ("two", saved[0], 4),
             ("alone", alone, 2),
         )
     }
@@ -185,28 +186,28 @@ def test_saved_at_two_resumed_by_the_optimizer_alone(name, saved, unsharded):
 
 
 class Dying(Writer):
-    """Ends its process where a worker has written, or where the list of files is to be."""
+    """Ends or stops its process where a worker has written, or where the list is to be."""
 
-    def __init__(self, folder, where):
+    def __init__(self, folder, where, how):
         super().__init__(folder)
-        self.where = where
+        self.where, self.how = where, how
 
     def write_data(self, plan, planner):
         written = super().write_data(plan, planner)
         if self.where == "data" and distributed.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.how)
         return written
 
     def finish(self, metadata, results):
         if self.where == "list":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.how)
         super().finish(metadata, results)
 
 
-def save_and_die(rank, folder, where):
+def save_and_die(rank, folder, where, how):
     params, optimizer = make("adam", shard=True)
     train(params, optimizer, range(SAVED))
-    for writer in (Writer(folder), Dying(folder, where)):
+    for writer in (Writer(folder), Dying(folder, where, how)):
         checkpoint.save(
             {"model": params, "optimizer": optimizer.state_dict()}, storage_writer=writer
         )
@@ -222,10 +223,12 @@ def resume_adam(rank, folder):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 @pytest.mark.parametrize("where", ["data", "list"])
-def test_a_save_that_dies_leaves_the_checkpoint_before(where, tmp_path, unsharded):
-    with pytest.raises(AssertionError, match=r"Connection (closed|reset) by peer"):
-        workers.run(2, save_and_die, tmp_path, where)
+def test_a_save_that_dies_leaves_the_checkpoint_before(where, how, tmp_path, unsharded):
+    words = r"Connection (closed|reset) by peer" if how == signal.SIGKILL else "Timed out"
+    with pytest.raises(AssertionError, match=words):
+        workers.run(2, save_and_die, tmp_path, where, how, timeout=4)
     assert len(list(tmp_path.glob("*.distcp"))) > 2  # what was written is there, and not looked at
     (params,) = workers.run(1, resume_adam, tmp_path)
     assert_ends(params, unsharded["adam"][1])

@@ -13,20 +13,33 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import distributed
 
+from portopt_torch import neighbours
+
 SECONDS = 60
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "portopt_torch.sharded"])
+
+
+def by_messages():
+    """Let this process's optimizers not use the memory that all workers here can see."""
+    neighbours._can_reach = lambda *_: False
 
 
 class Dead:
     """What a worker returned that ended before it did."""
 
 
-def run(size, work, *args, seconds=SECONDS):
+def run(size, work, *args, timeout=SECONDS):
     """What each worker's ``work(rank, *args)`` returns; `Dead` for one that was killed.
 
     A worker that has returned stays until all have, as one that ends is an error to the others.
     One that stops itself is killed when all others have returned.
+
+    Args:
+        size: The number of workers.
+        work: What they do.
+        args: What it is given, beside the rank.
+        timeout: That of the process group, in seconds.
 
     Raises:
         AssertionError: one raised, with its traceback; or they have not ended in time.
@@ -34,7 +47,9 @@ def run(size, work, *args, seconds=SECONDS):
     pipes = [FORKS.Pipe() for _ in range(size)]
     with TemporaryDirectory() as folder:
         processes = [
-            FORKS.Process(target=_child, args=(rank, size, folder, pipes[rank][1], work, args))
+            FORKS.Process(
+                target=_child, args=(rank, size, folder, pipes[rank][1], timeout, work, args)
+            )
             for rank in range(size)
         ]
         try:
@@ -42,7 +57,7 @@ def run(size, work, *args, seconds=SECONDS):
                 process.start()
             for _, end in pipes:
                 end.close()
-            results = _results(processes, [pipe for pipe, _ in pipes], seconds)
+            results = _results(processes, [pipe for pipe, _ in pipes])
         finally:
             for process in processes:
                 process.kill()
@@ -52,9 +67,9 @@ def run(size, work, *args, seconds=SECONDS):
     return [result if result is Dead else result[0] for result in results]
 
 
-def _results(processes, pipes, seconds):
+def _results(processes, pipes):
     results = [None] * len(pipes)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + SECONDS
     while any(result is None for result in results):
         for rank, pipe in enumerate(pipes):
             if results[rank] is None and pipe.poll(0.02):
@@ -67,7 +82,7 @@ def _results(processes, pipes, seconds):
         if any(isinstance(result, str) for result in results):
             deadline = min(deadline, time.monotonic() + 2)
         if time.monotonic() > deadline:
-            return [r or f"rank {n} has not ended in {seconds} s" for n, r in enumerate(results)]
+            return [r or f"rank {n} has not ended in {SECONDS} s" for n, r in enumerate(results)]
     return results
 
 
@@ -78,7 +93,7 @@ def _is_stopped(pid):
         return False
 
 
-def _child(rank, size, folder, pipe, work, args):
+def _child(rank, size, folder, pipe, timeout, work, args):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     try:
@@ -87,7 +102,7 @@ def _child(rank, size, folder, pipe, work, args):
             init_method=f"file://{folder}/rendezvous",
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=SECONDS),
+            timeout=timedelta(seconds=timeout),
         )
         pipe.send((work(rank, *args),))
     except BaseException:
