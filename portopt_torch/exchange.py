@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +26,23 @@ LARGE = 1 << 22
 """Bytes from which on memory is worth its own pages."""
 
 
-def room(like: Tensor) -> Tensor:
-    """Memory for as much as a contiguous tensor holds, of its shape and dtype.
+def rooms(likes: Sequence[Tensor]) -> list[Tensor]:
+    """Memory for as much as contiguous tensors of one device hold, of their shapes and dtypes.
 
     Most of the cost of much memory is that the system clears it page by page; large pages make it
     several times cheaper.
     """
-    if like.device.type != "cpu" or like.nbytes < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty_like(like)
-    memory = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    ends = np.cumsum([-(-like.nbytes // 64) * 64 for like in likes])  # each begins a cache line
+    if not likes or likes[0].is_cuda or ends[-1] < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return [torch.empty_like(like) for like in likes]
+    memory = mmap.mmap(-1, int(ends[-1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a system without large pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+    parts = torch.frombuffer(memory, dtype=torch.uint8).tensor_split(torch.from_numpy(ends[:-1]))
+    return [
+        part[: like.nbytes].view(like.dtype).view(like.shape)
+        for part, like in zip(parts, likes, strict=True)
+    ]
 
 
 def part_of(tensor: Tensor, span: Span) -> Tensor:
@@ -53,11 +58,14 @@ class Exchange:
     Attributes:
         waits: Whether nothing is to be exchanged now.
         shares: The averages of this worker's spans so far.
+        rooms: What gradients that came last leave for others' spans to be received in: the step
+            needs as much, and the system would have to clear it first.
     """
 
     def __init__(self, optimizer: Sharded) -> None:
         self.optimizer, self.waits = optimizer, False
         self.shares: dict[Span, Tensor] = {}
+        self.rooms: dict[Span, Tensor] = {}
         self._had: set[int] = set()  # the tensors that have had a gradient here since the last step
         self._buckets: list[list[int]] = []
         self._bucket: dict[int, int] = {}
@@ -66,7 +74,7 @@ class Exchange:
 
     def _begin(self) -> None:
         self._missing = [{*bucket} for bucket in self._buckets]
-        self._under_way: list[tuple[list[int], Future[dict[Span, Tensor]]]] = []
+        self._under_way: list[tuple[dict[int, Tensor], Future[dict[Span, Tensor]]]] = []
         self._next, self._is_running = 0, False
 
     def extend(self, params: Iterable[Tensor]) -> None:
@@ -86,6 +94,7 @@ class Exchange:
     def drop(self) -> None:
         """Forget the gradients."""
         self.shares.clear()
+        self.rooms.clear()
         self._had.clear()
 
     def complete(self, here: np.ndarray[Any, Any]) -> set[int]:
@@ -107,6 +116,7 @@ class Exchange:
         self.optimizer._check_usable()
         if not self._is_running:
             self._is_running = True
+            self.rooms.clear()
             Variable._execution_engine.queue_callback(self._finish)
         number = self.optimizer._number[param]
         self._missing[self._bucket[number]].discard(number)
@@ -135,17 +145,22 @@ class Exchange:
         if len(self._under_way) == 2:
             self._collect()
         future = self._pool.submit(self.optimizer.reduce, grads)
-        self._under_way.append((numbers, future))
+        self._under_way.append((grads, future))
 
     @torch.no_grad()
     def _collect(self) -> None:
-        numbers, future = self._under_way.pop(0)
-        for span, mean in future.result().items():
+        grads, future = self._under_way.pop(0)
+        means, plan = future.result(), self.optimizer.plan
+        is_last = not self._under_way and self._next == len(self._buckets)
+        for span, mean in means.items():
             if span in self.shares:
                 self.shares[span] += mean
-            elif span.length < self.optimizer.plan.sizes[span.tensor]:
-                self.shares[span] = room(mean).copy_(mean)  # lets go of the rest
-            else:
+            elif span.length == plan.sizes[span.tensor] or is_last:
                 self.shares[span] = mean
-        for number in numbers:
+            else:
+                self.shares[span] = rooms([mean])[0].copy_(mean)  # lets go of the rest
+        if is_last:
+            spans = (span for some in plan.spans for span in some if span.tensor in grads)
+            self.rooms = {s: part_of(grads[s.tensor], s) for s in spans if s not in means}
+        for number in grads:
             self.optimizer._params[number].grad = None

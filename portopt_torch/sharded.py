@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from portopt.sharding import Buffers, Plan, Span, divide, grad_norm
 from portopt.trace import specialized
 from portopt_torch.collectives import WorkerError
-from portopt_torch.exchange import Exchange, part_of, room
+from portopt_torch.exchange import Exchange, part_of, rooms
 from portopt_torch.launch import STORAGE
 from portopt_torch.neighbours import connect
 from portopt_torch.optimizer import Optimizer
@@ -491,13 +491,13 @@ class Sharded(torch.optim.Optimizer):
         Until then the averages of gradients are there: stage 1's all, stage 2's of the own spans.
         """
         spans = [span for some in self.plan.spans for span in some if span.tensor in present]
-        places: dict[Span, Tensor] = {}
         if self._exchange:
             self._follow()
-            for span in spans:
-                share = self._exchange.shares.get(span)
-                places[span] = room(self._parts[span]) if share is None else share
-            return places
+            there = self._exchange.shares | self._exchange.rooms
+            missing = [span for span in spans if span not in there]
+            new = rooms([self._parts[span] for span in missing])
+            there |= dict(zip(missing, new, strict=True))
+            return {span: there[span] for span in spans}
         grads: dict[int, Tensor] = {}
         seen: set[int] = set()
         for number in present:
