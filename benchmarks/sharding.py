@@ -13,8 +13,8 @@ there was before the model; the larger one of both.
 
 ZeroRedundancyOptimizer has its fastest setting here: ``fused=True`` inside, and
 ``parameters_as_bucket_view=True``. PyTorch's memory comes in large pages, which makes every
-contestant faster (``THP_MEM_ALLOC_ENABLE=1``; set it to 0 to see them without). All models are in ``DistributedDataParallel`` with
-``gradient_as_bucket_view=True``, except for stage 2 without it.
+contestant faster (``THP_MEM_ALLOC_ENABLE=1``; set it to 0 to see them without). All models are in
+``DistributedDataParallel`` with ``gradient_as_bucket_view=True``, except for stage 2 without it.
 """
 
 from __future__ import annotations
@@ -182,6 +182,13 @@ def begin(rank: int, rendezvous: str) -> None:
     )
 
 
+def end() -> None:
+    # Gloo's threads take a moment to let go of the last tensors. One that is not done with it when
+    # Python ends aborts the process (PyTorch 2.13).
+    time.sleep(0.3)
+    distributed.destroy_process_group()
+
+
 def measure_times(rank: int, rendezvous: str, name: str, out: str) -> None:
     begin(rank, rendezvous)
     trainings = {key: Training(MODELS[name](), make, rank) for key, make in CONTESTANTS.items()}
@@ -208,7 +215,7 @@ def measure_times(rank: int, rendezvous: str, name: str, out: str) -> None:
         }
     if rank == 0:
         Path(out).write_text(json.dumps(result))
-    distributed.barrier()
+    end()
 
 
 def status(field: str) -> int:
@@ -230,7 +237,7 @@ def measure_memory(rank: int, rendezvous: str, name: str, out: str, contestant: 
     distributed.all_gather_object(peak, status("VmHWM") - before)
     if rank == 0:
         Path(out).write_text(json.dumps(max(peak)))
-    distributed.barrier()
+    end()
 
 
 class _Tiny(nn.Module):

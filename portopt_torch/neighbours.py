@@ -6,7 +6,9 @@ import ctypes
 import errno
 import os
 import secrets
+import select
 import time
+import weakref
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
@@ -30,6 +32,8 @@ GLANCES, PAUSE = 200, 5e-5
 ENTRIES, LONGEST = 1 << 10, 1 << 20
 """The most pieces of one call of the system, and the most bytes of one of them."""
 
+_inboxes: list[Any] = []  # as long as the process lives: another worker may still write there
+
 Vectors = npt.NDArray[np.int64]
 """Rows of an address and a number of bytes, as the system wants them."""
 
@@ -46,6 +50,7 @@ def connect(group: Any, device: torch.device, timeout: float) -> GroupCollective
     if messages.size == 1 or device.type != "cpu":
         return messages
     inbox = np.zeros((messages.size, 2, 1 + WORDS), np.int64)
+    _inboxes.append(inbox)
     inbox[messages.rank, 0] = np.frombuffer(secrets.token_bytes(inbox[0, 0].nbytes), np.int64)
     own = os.getpid(), inbox.ctypes.data, inbox[messages.rank, 0].copy()
     said: list[Any] = [None] * messages.size
@@ -88,6 +93,11 @@ class Neighbours(GroupCollectives):
         inbox[self.rank] = 0
         self._inbox, self._said = inbox, 0
         self._processes, self._inboxes = processes, inboxes
+        self._ends = {rank: select.poll() for rank in self.others}
+        for rank, end in self._ends.items():
+            watched = os.pidfd_open(processes[rank])
+            end.register(watched, select.POLLIN)
+            weakref.finalize(self, os.close, watched)
 
     def reduce_scatter(self, pieces: Pieces) -> list[Tensor]:
         """See `portopt.sharding.Collectives`; the means are written into this rank's pieces."""
@@ -156,10 +166,11 @@ class Neighbours(GroupCollectives):
         """Write a message where another worker looks for it, its number last."""
         there = self._inboxes[rank] + self._inbox[: self.rank].nbytes
         there += self._inbox[0, : self._said % 2].nbytes
-        for part in (message[1:], message[:1]):
-            if part.size:
-                offset = part.ctypes.data - message.ctypes.data
-                with self.named(f"{what} with rank {self._names[rank]}"):
+        with self.named(f"{what} with rank {self._names[rank]}"):
+            self._check_lives(rank)  # before its number may be another process's
+            for part in (message[1:], message[:1]):
+                if part.size:
+                    offset = part.ctypes.data - message.ctypes.data
                     _write(self._processes[rank], part, there + offset)
 
     def _await(self, what: str, rank: int, deadline: float) -> npt.NDArray[np.int64]:
@@ -169,11 +180,15 @@ class Neighbours(GroupCollectives):
             glances += 1
             if glances > GLANCES:
                 with self.named(f"{what} with rank {self._names[rank]}"):
-                    _look(self._processes[rank], self._inboxes[rank])  # raises if it has ended
+                    self._check_lives(rank)
                     if time.monotonic() > deadline:
                         raise TimeoutError("it does not answer")
                 time.sleep(PAUSE)
         return message[1:]
+
+    def _check_lives(self, rank: int) -> None:
+        if self._ends[rank].poll(0):
+            raise ProcessLookupError("it has ended")
 
     def _add(self, what: str, lines: Sequence[Tensor], there: dict[int, Any]) -> None:
         """Average pieces of one dtype with those that other ranks have at addresses."""
@@ -235,15 +250,10 @@ def _can_reach(rank: int, process: int, inbox: int, token: Any, me: int) -> bool
         if (found != token).any():
             return False
         _write(process, np.zeros(1, np.int64), inbox + 2 * me * token.nbytes)
+        os.close(os.pidfd_open(process))
     except (OSError, AttributeError, TypeError):  # refused; a system without such a call
         return False
     return True
-
-
-def _look(process: int, address: int) -> None:
-    """Raise an OSError if a process has ended; one that has and nobody has noticed is a zombie."""
-    seen = np.zeros(1, np.int64)
-    _read(process, np.array([[seen.ctypes.data, 8]]), np.array([[address, 8]]))
 
 
 def _write(process: int, words: npt.NDArray[np.int64], there: int) -> None:
