@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -94,6 +95,33 @@ def test_what_collectives_promise(name, results):
         assert_same(everything, own)
         assert_same(here, own if rank == 1 else given[rank])
         np.testing.assert_allclose(sums, 3 * np.arange(3000) + 3, rtol=0)
+
+
+def change_at_once(rank):
+    """What a worker that reads slowly gets of one that goes on to change its pieces."""
+    collectives = connect(distributed.group.WORLD, torch.device("cpu"), TIMEOUT)
+    read = collectives._read
+
+    def read_slowly(*args):
+        time.sleep(0.3)
+        read(*args)
+
+    if rank == 0:
+        collectives._read = read_slowly
+    found = []
+    for exchange in (collectives.reduce_scatter, collectives.all_gather):
+        pieces = [[torch.full((50,), rank + 1.0)] for _ in range(2)]
+        exchange(pieces)
+        found.append([theirs.clone() for (theirs,) in pieces])
+        for (theirs,) in pieces:
+            theirs.fill_(torch.nan)
+    return pickle.dumps(found)
+
+
+def test_nobody_goes_on_while_another_one_reads():
+    (means, all_pieces), _ = map(pickle.loads, workers.run(2, change_at_once))
+    assert_same(means[0], torch.full((50,), 1.5))
+    assert_same(all_pieces, [torch.full((50,), 1.0), torch.full((50,), 2.0)])
 
 
 def test_where_one_cannot_reach_the_others_all_send_messages():
