@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import portopt_torch
 from portopt import Around
-from portopt_torch import Sharded
+from portopt_torch import Sharded, exchange
 
 pytestmark = pytest.mark.distributed
 
@@ -114,6 +114,7 @@ def alone(name, size):
 
 def train_sharded(rank, size, by_messages):
     """What each optimizer ends with, in both stages."""
+    exchange.LARGE = 1  # all memory in pages of its own
     if by_messages:
         workers.by_messages()
     ends = {}
@@ -153,6 +154,20 @@ def test_the_bits_of_the_optimizer_alone(size, by_messages, name, stage):
         assert held <= slots * (plan.shares[rank] - 4 * frozen) + 64
         if name != "lamb":  # whose "w" stays whole
             assert max(plan.shares) <= sum(plan.shares) / size + 4 * 16
+
+
+@pytest.mark.parametrize("large", [1, 1 << 22])
+def test_rooms_are_apart(large, monkeypatch):
+    monkeypatch.setattr(exchange, "LARGE", large)
+    likes = [torch.ones(shape, dtype=dtype_of(name)) for name, shape in SHAPES.items()]
+    likes.append(torch.ones(3, 0, dtype=torch.float64))
+    rooms = exchange.rooms(likes)
+    for place, room in enumerate(rooms):
+        room.fill_(place)
+    for place, (room, like) in enumerate(zip(rooms, likes, strict=True)):
+        assert (room.shape, room.dtype) == (like.shape, like.dtype)
+        assert (room == place).all() and room.data_ptr() % 64 == 0
+    assert exchange.rooms([]) == []
 
 
 def model():
