@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
-from operator import is_
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 from portopt.kernels import cpu
 from portopt.program import Program
 from portopt_torch import cuda
-from portopt_torch.layout import Layout, array
+from portopt_torch.layout import Holdings, Layout, array
 from portopt_torch.plain import Member, as_scalar, host
 
 STORAGE = {
@@ -40,6 +39,9 @@ class Batch:
     Args:
         program: What to compute.
         members: The parameters, none that has to go the plain way.
+
+    Attributes:
+        on_device: Whether the steps are counted where the host does not see it.
     """
 
     def __init__(self, program: Program, members: list[Member]) -> None:
@@ -47,25 +49,29 @@ class Batch:
         self.params = [member.param for member in members]
         self.states = [member.state for member in members]
         self.groups = np.array([member.group for member in members])
+        present, self.by_group = np.unique(self.groups, return_inverse=True)
+        self.present = present.tolist()
         slots = [state[slot] for slot in program.slots for state in self.states]
         self.kept = array([*self.params, *slots])
         self.kept_layout = Layout(self.kept, moves=False)
-        self.addresses = self.kept_layout.addresses(self.kept)
         # While these live, nothing else can come to lie at those addresses.
         self.storages = [tensor.untyped_storage() for tensor in self.kept]
         grads = [gradient(param) for param in self.params]
         self.layout = Layout(array(grads), moves=True)
         self.is_complex = any(map(Tensor.is_complex, grads))
         sizes = [grad.numel() * (1 + grad.is_complex()) for grad in grads]
-        columns = np.reshape(self.addresses, (-1, len(members)))
-        table = np.insert(columns, 1, self.layout.addresses(array(grads)), axis=0).T
+        columns = np.reshape(self.kept_layout.addresses, (-1, len(members)))
+        table = np.insert(columns, 1, self.layout.addresses, axis=0).T
         stored = storage([self.params[0], grads[0], *slots[:: len(members)]])
         self._make_launches(stored, table, sizes)
         counting = ["step"] if "step" in self.states[0] else []
         self.counts = {name: self._side_by_side(name) for name in (*counting, *program.numbers)}
-        self.names = (*program.slots, *self.counts)
-        self.entries = [state[name] for name in self.names for state in self.states]
-        self.t = np.where([member.first for member in members], 1.0, 2.0)
+        self.holdings = Holdings(self.params, self.states, (*program.slots, *self.counts))
+        self.on_device = "step" in self.counts and self.counts["step"].is_cuda
+        self.columns = {} if self.on_device else {k: v.numpy() for k, v in self.counts.items()}
+        self.steps = self.columns.pop("step", np.zeros(0))
+        if not len(self.steps):  # nobody counts them, but the first may be another
+            self.steps = np.where([member.first for member in members], 0.0, 1.0)
 
     def _side_by_side(self, name: str) -> Tensor:
         """Join the numbers of that name; each state's own becomes a view."""
@@ -78,29 +84,13 @@ class Batch:
 
     def fits(self) -> bool:
         """Whether all is as it was but the gradients' places, which are noted."""
-        try:
-            if not np.array_equal(self.kept_layout.addresses(self.kept), self.addresses):
-                return False
-            entries = [state[name] for name in self.names for state in self.states]
-            if not all(map(is_, entries, self.entries)):
-                return False
-            grads: list[Any] = [param.grad for param in self.params]
-            if {*map(type, grads)} != {Tensor} or any(map(Tensor.is_neg, grads)):
-                return False
-            if self.is_complex and any(map(Tensor.is_conj, grads)):
-                return False
-            addresses = self.layout.addresses(array(grads))
-        except (KeyError, RuntimeError, BufferError):
-            return False  # no such slot; a sparse gradient, which has no address
-        if addresses is None:
+        grads = self.holdings.gradients()
+        if grads is None or not (self.kept_layout.fits(self.kept) and self.layout.fits(grads)):
             return False
-        self.step.table[:, 1] = addresses
+        if any(map(Tensor.is_neg, grads)) or (self.is_complex and any(map(Tensor.is_conj, grads))):
+            return False
+        self.step.table[:, 1] = self.layout.addresses
         return True
-
-    @property
-    def on_device(self) -> bool:
-        """Whether the steps are counted where the host does not see it."""
-        return "step" in self.counts and self.counts["step"].is_cuda
 
     def _make_launches(self, stored: tuple[str, ...], table: Any, sizes: list[int]) -> None:
         self.step = cpu.Step(self.program, stored, table, sizes)
@@ -125,16 +115,20 @@ class Batch:
         Args:
             values: For each group, what `Program.scalars` asks for.
         """
-        counts = {k: joined.numpy().astype(np.float64) for k, joined in self.counts.items()}
-        t = counts.pop("step") + 1 if "step" in counts else self.t
-        kinds, self.which = _numbered([self.groups, t, *counts.values()])
-        hosts = [{name: host(value) for name, value in one.items()} for one in values]
-        self.scalars = [
-            self.program.scalars(
-                {**hosts[int(group)], **dict(zip(counts, numbers, strict=True))}, step
-            )
-            for group, step, *numbers in kinds
-        ]
+        kinds, self.which = self._kinds()
+        self.scalars = []
+        for group, steps, *numbers in kinds:
+            given = {name: host(values[group][name]) for name in self.program.hyperparameters}
+            given.update(zip(self.columns, numbers, strict=True))
+            self.scalars.append(self.program.scalars(given, steps + 1))
+
+    def _kinds(self) -> tuple[list[list[Any]], Any]:
+        """The different groups, steps done and numbers; and which of these each parameter has."""
+        columns = [self.steps, *self.columns.values()]
+        if all((column == column[0]).all() for column in columns):  # but for few models
+            own = [float(column[0]) for column in columns]
+            return [[group, *own] for group in self.present], self.by_group
+        return _numbered([self.groups, *columns])
 
     def run(self, found_inf: Tensor | None = None) -> None:
         """Count the step, and update every parameter and slot.
@@ -142,10 +136,13 @@ class Batch:
         Args:
             found_inf: On the device, where the host has not asked: if it is not 0, nothing changes.
         """
-        if "step" in self.counts:
+        if self.on_device:
             self.counts["step"] += 1 if found_inf is None else 1 - found_inf
+        elif "step" in self.counts:
+            self.steps += 1
+        else:
+            self.steps[:] = 1
         self._keep(found_inf)
-        self.t[:] = 2.0
         self._run(found_inf)
         torch.autograd.graph.increment_version(self.params)
         if "grad" in dict(self.program.outputs):
@@ -154,8 +151,7 @@ class Batch:
     def _keep(self, found_inf: Tensor | None) -> None:
         """Take over the rule's new numbers."""
         for name, value in self.program.number_outputs:
-            new = np.array([scalars[value] for scalars in self.scalars])[self.which]
-            self.counts[name].copy_(torch.from_numpy(new))
+            self.columns[name][:] = np.array([own[value] for own in self.scalars])[self.which]
 
     def _run(self, found_inf: Tensor | None) -> None:
         self.step.run(self.scalars, self.which, torch.get_num_threads())
@@ -208,7 +204,7 @@ def _numbered(columns: Sequence[Any]) -> tuple[list[list[Any]], Any]:
             kinds, own = np.unique(column, return_inverse=True)
             code = code * len(kinds) + own
     _, first, which = np.unique(code, return_index=True, return_inverse=True)
-    return [[column[place] for column in columns] for place in first], which
+    return [[column[place].item() for column in columns] for place in first], which
 
 
 def gradient(param: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from portopt.program import Program
 from portopt.rules import Around, HyperparameterError, Rule
 from portopt.trace import specialized, trace
 from portopt_torch import plain
-from portopt_torch.plan import Plan, add_slots, begin_count, make_plan, shapes_of
+from portopt_torch.plan import Plan, add_slots, ask, begin_count, make_plan, shapes_of
 
 NATIVE_WORDS = {
     "lr": "Invalid learning rate",
@@ -243,13 +243,11 @@ class Optimizer(torch.optim.Optimizer):
     def _launch(self, *, compiling: bool) -> list[tuple[plain.Scalars, list[plain.Member]]]:
         """Launch the kernels; returns, group by group, the parameters that go the plain way."""
         around = self._scaled()
-        rules = [cls.unchecked(**values) for cls, values in map(self.rule_of, self.param_groups)]
-        programs = [trace(rule, around) for rule in rules]
-        plan = None if compiling else self._plan
-        if plan is None or not plan.fits(self, programs):
+        plan = self._plan.renewed(self, around) if self._plan and not compiling else None
+        if plan is None or not plan.fits(self):
             plan = self._plan = None  # what it keeps alive may go before more is made
-            plan = make_plan(self, rules, around, programs, compiling=compiling)
-        values = [vars(around) | vars(rule) for rule in rules]
+            plan = make_plan(self, ask(self, around), compiling=compiling)
+        values = plan.asked.values
         skip: Any = getattr(self, "found_inf", None)  # GradScaler's
         if around.needs_norm:
             norm = plan.grad_norm() if self.grad_norm is None else self.grad_norm

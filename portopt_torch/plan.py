@@ -20,7 +20,7 @@ from portopt.program import Program
 from portopt.rules import Around, Rule
 from portopt.rules.around import AVERAGE, initial
 from portopt.rules.base import PARAM
-from portopt.trace import specialized
+from portopt.trace import specialized, trace
 from portopt_torch import cuda
 from portopt_torch.launch import STORAGE, Batch, CudaBatch, gradient, storage
 from portopt_torch.plain import Member, check_dtype, host
@@ -32,12 +32,62 @@ if TYPE_CHECKING:
 Shape: TypeAlias = "tuple[int, ...]"
 
 
+class Asked(NamedTuple):
+    """What an optimizer's groups, and what stands around their rules, ask for.
+
+    Attributes:
+        settings: What it was made of; nothing if some of that can change in itself.
+        around: What stands around the rules.
+        rules: For each group, the rule.
+        programs: For each group, the program.
+        values: For each group, what `Program.scalars` asks for, but the norm of the gradients.
+        flags: For each group, what chooses its parameters' way.
+    """
+
+    settings: list[Any]
+    around: Around
+    rules: list[Rule]
+    programs: list[Program]
+    values: list[dict[str, Any]]
+    flags: list[tuple[Any, ...]]
+
+
+_SETTLED = (float, int, str, tuple, Tensor, torch.dtype, Around, type(None))
+"""What is the same as long as it is the same object; of a tensor no more is asked before it is
+used."""
+
+
+def settings_of(groups: Sequence[Mapping[str, Any]], around: Around) -> list[Any]:
+    """All that decides what is asked for."""
+    settings: list[Any] = [around]
+    for group in groups:
+        settings += [value for name, value in group.items() if name != "params"]
+        settings += [param.dtype for param in group["params"][:1]]
+    return settings
+
+
+def ask(optimizer: Optimizer, around: Around) -> Asked:
+    """What the groups ask for now, with ``around`` around them."""
+    groups = optimizer.param_groups
+    settings = settings_of(groups, around)
+    settled = all(isinstance(value, _SETTLED) for value in settings)
+    rules = [cls.unchecked(**values) for cls, values in map(optimizer.rule_of, groups)]
+    return Asked(
+        settings=settings if settled else [],
+        around=around,
+        rules=rules,
+        programs=[trace(rule, around) for rule in rules],
+        values=[vars(around) | vars(rule) for rule in rules],
+        flags=_flags(groups),
+    )
+
+
 class Plan(NamedTuple):
     """What a step launches, as long as nothing but the gradients moves.
 
     Attributes:
-        programs: For each group, its program.
-        flags: For each group, the number of its parameters, and what chooses their way.
+        asked: What it does.
+        sizes: For each group, the number of its parameters.
         params: All parameters.
         idle: Those of them that have no gradient.
         states: All states.
@@ -46,8 +96,8 @@ class Plan(NamedTuple):
         made: Entries of states that this plan has made.
     """
 
-    programs: list[Program]
-    flags: list[tuple[Any, ...]]
+    asked: Asked
+    sizes: list[int]
     params: list[Tensor]
     idle: list[Tensor]
     states: list[dict[str, Any]]
@@ -55,17 +105,27 @@ class Plan(NamedTuple):
     rest: list[Member]
     made: list[tuple[Tensor, str]]
 
-    def fits(self, optimizer: Optimizer, programs: list[Program]) -> bool:
+    def renewed(self, optimizer: Optimizer, around: Around) -> Plan | None:
+        """The plan with what is asked for now, if that goes the same ways; else None."""
+        last = self.asked
+        settings = settings_of(optimizer.param_groups, around)
+        if len(settings) == len(last.settings) and all(map(is_, settings, last.settings)):
+            return self
+        asked = ask(optimizer, around)
+        same = asked.flags == last.flags and all(map(is_, asked.programs, last.programs))
+        return self._replace(asked=asked) if same else None
+
+    def fits(self, optimizer: Optimizer) -> bool:
         """Whether it holds for this step as well; notes where the gradients are now.
 
         Raises:
             RuntimeError, TypeError: as `make_plan` does.
         """
         groups, state = optimizer.param_groups, optimizer.state
-        params = itertools.chain.from_iterable(group["params"] for group in groups)
+        each = [group["params"] for group in groups]
+        params = itertools.chain.from_iterable(each)
         return (
-            all(map(is_, programs, self.programs))
-            and _flags(groups) == self.flags  # as many groups and parameters as before
+            [*map(len, each)] == self.sizes
             and all(batch.fits() for batch in self.batches)  # before anyone else looks at memory
             and all(map(is_, params, self.params))
             and all(param.grad is None for param in self.idle)
@@ -92,6 +152,8 @@ class Plan(NamedTuple):
 
     def done(self) -> Plan:
         """The plan for the next step."""
+        if not self.rest and not self.made:
+            return self
         return self._replace(rest=[member._replace(first=False) for member in self.rest], made=[])
 
     def skip(self, optimizer: Optimizer) -> None:
@@ -123,36 +185,27 @@ class Plan(NamedTuple):
         return total.sqrt() if self.on_device else math.sqrt(host(total))
 
 
-def make_plan(
-    optimizer: Optimizer,
-    rules: list[Rule],
-    around: Around,
-    programs: list[Program],
-    *,
-    compiling: bool,
-) -> Plan:
+def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
     """Give every parameter with a gradient its state, and its way to go.
 
     Args:
         optimizer: The optimizer, whose state gets what it lacks.
-        rules: For each of its groups, the rule.
-        around: What stands around them.
-        programs: For each of its groups, the program; a rule that looks at shapes has others for
-            its parameters.
+        asked: What its groups ask for; a rule that looks at shapes has other programs for its
+            parameters.
         compiling: Whether ``torch.compile`` is to see the plain way.
 
     Raises:
         RuntimeError: a gradient is sparse, or ``fused=True`` cannot be; nothing is changed then.
         TypeError: a parameter's dtype is none that can be updated; nothing is changed then.
     """
-    groups, state = optimizer.param_groups, optimizer.state
+    groups, state, rules = optimizer.param_groups, optimizer.state, asked.rules
     params = [(g, param) for g, group in enumerate(groups) for param in group["params"]]
     ways: dict[int, str] = {}
     traced: dict[int, tuple[Program, Mapping[str, Shape]]] = {}
     for place, (g, param) in enumerate(params):
         if param.grad is not None:
             shapes = shapes_of(rules[g], param)
-            program = specialized(programs[g], rules[g], around, param.shape)
+            program = specialized(asked.programs[g], rules[g], asked.around, param.shape)
             if optimizer.into_grad:
                 program = _into_grad(program)
             traced[place] = program, shapes
@@ -184,8 +237,8 @@ def make_plan(
         kind = [param.device, *places, storage(stored)]
         alike.setdefault((program, *kind), []).append(member)
     return Plan(
-        programs=programs,
-        flags=_flags(groups),
+        asked=asked,
+        sizes=[len(group["params"]) for group in groups],
         params=[param for _, param in params],
         idle=[param for _, param in params if param.grad is None],
         states=[*state.values()],
@@ -200,7 +253,7 @@ def make_plan(
 
 def _flags(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     names = ("foreach", "fused", "differentiable", "capturable")
-    return [(len(group["params"]), *map(group.get, names)) for group in groups]
+    return [tuple(map(group.get, names)) for group in groups]
 
 
 @cache

@@ -14,8 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-Kernel = Callable[[int, int, int, int], None]
-"""``kernel(table, spans, n_spans, counter)``, all addresses but ``n_spans``; holds no lock."""
+Kernel = Callable[[int, int, int, int], int]
+"""``kernel(table, spans, n_spans, counter)``, all addresses but ``n_spans``; holds no lock, and
+returns how many spans are done."""
 
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child must not inherit LLVM at work
@@ -72,7 +73,7 @@ def _compiled(text: str) -> Kernel:
     )
     _libraries.append(library)
     address, integer = ctypes.c_void_p, ctypes.c_int64
-    prototype = ctypes.CFUNCTYPE(None, address, address, integer, address)
+    prototype = ctypes.CFUNCTYPE(integer, address, address, integer, address)
     return prototype(library["kernel"])
 
 

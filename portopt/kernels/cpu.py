@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
-from collections.abc import Mapping, Sequence
-from functools import cache
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from portopt.kernels import compiler, llvm
 from portopt.program import Program
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from queue import SimpleQueue
 
 SPAN = 2**16
 """The most elements of a span: enough to stream, few enough to balance threads."""
@@ -41,34 +44,25 @@ class Launch:
 
     def launch(self, threads: int) -> None:
         """Do all spans; when it returns or raises, no thread is at work on them any more."""
-        from concurrent.futures import Future, wait  # here, as `import portopt` is to be quick
-
-        counter = np.zeros(1, np.int64)
-        wanted = min(threads, len(self.spans)) - 1 if self.size > ALONE else 0
-        helpers: list[Future[None]] = [Future() for _ in range(wanted)]
-        idle, interrupt = iter(helpers), None
-        while True:  # also when interrupted: what the caller then sees must be whole
+        counter = (ctypes.c_int64 * 2)()  # taken, done
+        work = partial(self._take, counter)  # which keeps alive what a late helper looks at
+        helpers = min(threads, len(self.spans)) - 1 if self.size > ALONE else 0
+        done, interrupt = 0, None
+        while done < len(self.spans):
             try:
-                with contextlib.suppress(RuntimeError):  # no more threads, or Python shuts down
-                    for helper in idle:
-                        _threads().submit(self._help, helper, counter)
-                self._take(counter)
-                wait([helper for helper in helpers if not helper.cancel()])
-                break
-            except BaseException as error:
+                _share(work, helpers)
+                done = work()
+                while done < len(self.spans):  # a helper is at its last span
+                    time.sleep(0)
+                    done = work()
+            except BaseException as error:  # what the caller then sees must be whole
                 interrupt = error
         if interrupt is not None:
             raise interrupt
 
-    def _help(self, helper: Future[None], counter: npt.NDArray[np.int64]) -> None:
-        if helper.set_running_or_notify_cancel():  # else all is done already
-            self._take(counter)
-            helper.set_result(None)
-
-    def _take(self, counter: npt.NDArray[np.int64]) -> None:
-        self.kernel(
-            self.table.ctypes.data, self.spans.ctypes.data, len(self.spans), counter.ctypes.data
-        )
+    def _take(self, counter: ctypes.Array[ctypes.c_int64]) -> int:
+        table, spans = self.table.ctypes.data, self.spans.ctypes.data
+        return self.kernel(table, spans, len(self.spans), ctypes.addressof(counter))
 
 
 class Step(Launch):
@@ -92,7 +86,8 @@ class Step(Launch):
         rows = [(*row, 0) for row in addresses]  # the scalars' address comes with them
         super().__init__(llvm.kernel(program, storage), rows, sizes)
         self.names = program.scalar_names
-        self.dtype = np.dtype(compute_dtype(storage[0]))
+        self.rows = np.empty((0, len(self.names)), compute_dtype(storage[0]))
+        self.which: Any = None
 
     def run(self, scalars: Sequence[Mapping[str, Any]], which: Any, threads: int) -> None:
         """Update every tensor.
@@ -102,9 +97,13 @@ class Step(Launch):
             which: For each tensor, the place of its own among ``scalars``.
             threads: How many threads may work on it.
         """
+        if which is not self.which or len(scalars) != len(self.rows):
+            self.which = which
+            self.rows = np.empty((len(scalars), len(self.names)), self.rows.dtype)
+            begin, row = self.rows.ctypes.data, self.rows.strides[0]
+            self.table[:, -1] = begin + row * np.asarray(which, np.uint64)
         with np.errstate(over="ignore"):  # what is beyond float32 is infinite there
-            rows = np.array([[row[name] for name in self.names] for row in scalars], self.dtype)
-        self.table[:, -1] = rows.ctypes.data + rows.strides[0] * np.asarray(which, np.uint64)
+            self.rows[:] = [[row[name] for name in self.names] for row in scalars]
         self.launch(threads)
 
 
@@ -174,22 +173,38 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_pool: ThreadPoolExecutor | None = None
+_jobs: SimpleQueue[Callable[[], object]] | None = None
+_threads: list[threading.Thread] = []
 
 
-def _threads() -> ThreadPoolExecutor:
-    global _pool
-    if _pool is None:
-        from concurrent.futures import ThreadPoolExecutor
+def _share(job: Callable[[], object], helpers: int) -> None:
+    """Have up to so many threads do ``job`` too, as soon as they can."""
+    global _jobs
+    if helpers < 1:
+        return
+    if _jobs is None:
+        from queue import SimpleQueue  # here, as `import portopt` is to be quick
 
-        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="portopt")
-    return _pool
+        _jobs = SimpleQueue()
+    with contextlib.suppress(RuntimeError):  # no more threads, or Python shuts down
+        while len(_threads) < min(helpers, os.cpu_count() or 1):
+            thread = threading.Thread(target=_work, args=(_jobs,), name="portopt", daemon=True)
+            thread.start()
+            _threads.append(thread)
+    for _ in range(min(helpers, len(_threads))):
+        _jobs.put(job)
+
+
+def _work(jobs: SimpleQueue[Callable[[], object]]) -> None:
+    while True:
+        jobs.get()()
 
 
 def _forget_threads() -> None:
     """In the child of a fork: it has none of its parent's threads."""
-    global _pool
-    _pool = None
+    global _jobs
+    _jobs = None
+    _threads.clear()
 
 
 if hasattr(os, "register_at_fork"):

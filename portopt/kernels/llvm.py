@@ -1,9 +1,9 @@
 """The CPU printer: a program as LLVM assembly, one loop over spans of raw memory.
 
-A kernel takes spans one by one from a shared counter, so that any number of threads may run it at
-once. In a span it goes by vectors of one cache line, and by single elements at the end: the same
-text, printed twice. Every operation is IEEE's, in the order of the program: LLVM contracts and
-reorders only what is marked so, and nothing is.
+A kernel takes spans one by one from a shared counter, and counts those it has done in another, so
+that any number of threads may run it at once. In a span it goes by vectors of one cache line, and
+by single elements at the end: the same text, printed twice. Every operation is IEEE's, in the order
+of the program: LLVM contracts and reorders only what is marked so, and nothing is.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ MEANING: dict[str, str] = {
 }
 
 _SKELETON = """\
-define void @kernel(ptr %table, ptr %spans, i64 %n_spans, ptr %counter) {{
+define i64 @kernel(ptr %table, ptr %spans, i64 %n_spans, ptr %counter) {{
 {locals}
 br label %take
 take:
+%own = phi i64 [0, %0], [%own.next, %end]
 %span = atomicrmw add ptr %counter, i64 1 monotonic
 %over = icmp uge i64 %span, %n_spans
 br i1 %over, label %done, label %begin
@@ -88,9 +89,13 @@ last:
 br i1 %last.more, label %last, label %end
 end:
 {end}
+%own.next = add i64 %own, 1
 br label %take
 done:
-ret void
+%finished = getelementptr i64, ptr %counter, i64 1
+%before = atomicrmw add ptr %finished, i64 %own acq_rel
+%total = add i64 %before, %own
+ret i64 %total
 }}
 """
 
@@ -115,8 +120,8 @@ def kernel(program: Program, storage: tuple[str, ...]) -> str:
     It is a function of ``(table, spans, n_spans, counter)``, all addresses but ``n_spans``. A row
     of ``table`` has the addresses of a tensor's operands and of its scalars, those of
     `Program.scalar_names` in the dtype that is computed in. A row of ``spans`` has three int64:
-    the tensor's row, the first element, their number. At ``counter`` stands an int64: how many
-    spans are taken.
+    the tensor's row, the first element, their number. At ``counter`` stand two int64: how many
+    spans are taken, and how many are done, which it returns.
 
     Args:
         program: What to compute.

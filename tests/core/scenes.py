@@ -141,7 +141,7 @@ def fork(way):
     if way == "fork":
         reader, writer = os.pipe()
         if os.fork() == 0:
-            assert cpu._pool is None, "its threads are not here"
+            assert not cpu._threads, "its threads are not here"
             with open(writer, "wb") as file:
                 file.write(rest())
             os._exit(0)

@@ -376,8 +376,11 @@ def test_dense():
 
 
 def test_a_new_lr_step_or_shape_compiles_nothing(monkeypatch):
+    def nothing(table, spans, n_spans, counter):
+        return n_spans
+
     asked = []
-    monkeypatch.setattr(compiler, "compiled", lambda text: asked.append(text) or (lambda *_: None))
+    monkeypatch.setattr(compiler, "compiled", lambda text: asked.append(text) or nothing)
     for rule, sizes in ((Adam(), [3]), (Adam(lr=0.5, beta1=0.5, eps=1.0), [1000, 0, 5])):
         program = trace(rule)
         step = cpu.Step(program, ("float32",) * 4, [[0] * 4] * len(sizes), sizes)

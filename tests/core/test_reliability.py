@@ -214,29 +214,36 @@ def test_two_threads_step_two_optimizers():
         assert_bits(param, trained(rule))
 
 
-class Pool:
-    """Like our pool of threads, but the ``fail_at``-th submission ends in an error.
+class Jobs:
+    """Like the queue of our threads, but handing over the ``fail_at``-th job ends in an error.
 
-    The work is given to a thread before, or not at all, as may happen when interrupted.
+    The job is given to a thread before, or not at all, as may happen when interrupted.
     """
 
     def __init__(self, fail_at, error, given):
         self.fail_at, self.error, self.given = fail_at, error, given
-        self.threads, self.count, self.barrier = [], 0, threading.Event()
+        self.threads, self.count = [], 0
 
-    def submit(self, work, *args):
+    def put(self, job):
         self.count += 1
         if self.count != self.fail_at or self.given:
-            self.threads.append(threading.Thread(target=work, args=args))
+            self.threads.append(threading.Thread(target=job))
             self.threads[-1].start()
         if self.count == self.fail_at:
             raise self.error
 
 
+def replace_queue(monkeypatch, *args):
+    jobs = Jobs(*args)
+    monkeypatch.setattr(cpu, "_jobs", jobs)
+    monkeypatch.setattr(cpu, "_threads", [None] * 8)
+    return jobs
+
+
 @pytest.mark.usefixtures("small_spans")
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("fail_at", [1, 2, 3])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(), RuntimeError("no threads")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit()])
 def test_an_error_while_threads_are_woken(monkeypatch, fail_at, error, given):
     """All spans are done, and no thread is at work any more, whatever the caller then does."""
     working = threading.local(), []
@@ -244,24 +251,48 @@ def test_an_error_while_threads_are_woken(monkeypatch, fail_at, error, given):
 
     def counted(self, counter):
         working[1].append(1)
-        take(self, counter)
+        done = take(self, counter)
         working[1].pop()
+        return done
 
     monkeypatch.setattr(cpu.Launch, "_take", counted)
-    pool = Pool(fail_at, error, given)
-    monkeypatch.setattr(cpu, "_threads", lambda: pool)
+    jobs = replace_queue(monkeypatch, fail_at, error, given)
     param, grad = np.zeros(10_000), np.ones(10_000)
-    optimizer = Optimizer(SGD(lr=1.0), [param])
-    if isinstance(error, RuntimeError):
-        optimizer.step([grad])
-    else:
-        with pytest.raises(type(error)):
-            optimizer.step([grad])
+    with pytest.raises(type(error)):
+        Optimizer(SGD(lr=1.0), [param]).step([grad])
+    assert_bits(param, np.full(10_000, -1.0))
+    for thread in jobs.threads:
+        thread.join()
     assert not working[1]
     assert_bits(param, np.full(10_000, -1.0))
-    for thread in pool.threads:
-        thread.join()
-    assert_bits(param, np.full(10_000, -1.0))
+
+
+@pytest.mark.usefixtures("small_spans")
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_no_more_threads_can_be_started(monkeypatch, most):
+    """Those that there are do the work, and the next step asks again."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(cpu, "_jobs", None)
+    monkeypatch.setattr(cpu, "_threads", [])
+    start, started = threading.Thread.start, []
+
+    def limited(thread):
+        if len(started) == most:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    param = np.zeros(10_000)
+    optimizer = Optimizer(SGD(lr=1.0), [param])
+    optimizer.step([np.ones(10_000)])
+    assert cpu._threads == started
+    most = 3
+    optimizer.step([np.ones(10_000)])
+    assert cpu._threads == started
+    assert len(started) == 3
+    assert_bits(param, np.full(10_000, -2.0))
 
 
 @pytest.mark.usefixtures("small_spans")
@@ -275,9 +306,10 @@ def test_an_error_around_the_kernel(monkeypatch, before):
         raised.append(1) if mine else None
         if mine and before:
             raise KeyboardInterrupt
-        take(self, counter)
+        done = take(self, counter)
         if mine:
             raise KeyboardInterrupt
+        return done
 
     monkeypatch.setattr(cpu.Launch, "_take", interrupted)
     param = np.zeros(10_000)
@@ -290,11 +322,10 @@ def test_an_error_around_the_kernel(monkeypatch, before):
 @pytest.mark.parametrize(("count", "size"), [(1, 9999), (2, 9999), (4, 9999), (4, 65), (4, 64)])
 def test_no_more_threads_than_asked_for_or_useful(monkeypatch, count, size):
     monkeypatch.setenv("OMP_NUM_THREADS", str(count))
-    pool = Pool(0, None, True)
-    monkeypatch.setattr(cpu, "_threads", lambda: pool)
+    jobs = replace_queue(monkeypatch, 0, None, True)
     param = np.zeros(size)
     Optimizer(SGD(lr=1.0), [param]).step([np.ones(size)])
-    assert pool.count == min(count, -(-size // 64)) - 1
+    assert jobs.count == min(count, -(-size // 64)) - 1
     assert_bits(param, np.full(size, -1.0))
 
 

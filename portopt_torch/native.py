@@ -1,0 +1,328 @@
+"""Compiled loops over Python's objects of many tensors, which every step looks at.
+
+They call what CPython and PyTorch export to C, and know where an object has its type and its tensor
+because Python tells both: `places` looks for them. They hold Python's lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from portopt.kernels import compiler
+
+
+class Loop(NamedTuple):
+    """A compiled loop.
+
+    Attributes:
+        call: Its function, of the address of ``functions`` and what is said of each loop.
+        functions: The addresses of the C functions that it calls.
+    """
+
+    call: Callable[..., int]
+    functions: npt.NDArray[np.uint64]
+
+
+KIND = ("layout", "dtype", "device_type", "device_index", "dim")
+"""What a tensor is asked first: numbers."""
+_REST = ("sizes", "strides", "data_ptr")
+"""The rest: all are PyTorch's stable C interface, ``torch/csrc/inductor/aoti_torch/c/shim.h``."""
+
+
+@cache
+def layouts() -> Loop | None:
+    """The loop over layouts; None if there can be none here.
+
+    It is one of ``(functions, objects, addresses, known, n, learn, place)``, and returns how many
+    of ``n`` objects of tensors lie as known: ``known`` has for each its `KIND`, its sizes and its
+    strides, all int64, and ``addresses`` where it begins. ``learn`` and ``place`` say whether the
+    former and the latter are to be noted instead.
+    """
+    library = ctypes.PyDLL(torch._C.__file__)
+    functions = [getattr(library, f"aoti_torch_get_{name}", None) for name in (*KIND, *_REST)]
+    places = _places()
+    if places is None or None in functions or not compiler.available():
+        return None
+    asks = [ask(name, place) for place, name in enumerate((*KIND, *_REST))]
+    text = _COMPARE + _LAYOUTS.format(
+        n_answers=len(asks),
+        n_bytes=8 * len(asks),
+        n_kind=len(KIND),
+        at=places.tensor,
+        fetch=fetch("object", 24, [places.tensor])
+        + fetch("tensor", 16, [0, 64, 128, 192], through=[places.tensor])
+        + fetch("storage", 8, [0], through=[places.tensor, _STORAGE]),
+        ask_kind="".join(asks[: len(KIND)]),
+        ask_rest="".join(asks[len(KIND) :]),
+    )
+    pointers, flags = [ctypes.c_void_p] * 4, [ctypes.c_bool] * 2
+    return _loop(text, functions, [*pointers, ctypes.c_int64, *flags])
+
+
+@cache
+def gradients() -> Loop | None:
+    """The loop over gradients and states; None if there can be none here.
+
+    It is one of ``(functions, type, name, objects, n, grads, before, states, names, n_names,
+    entries)``, and returns for how many of ``n`` objects the attribute of that ``name`` has just
+    that ``type``, and the dict of that place in ``states`` has for each of ``names`` what is in
+    ``entries``. ``grads`` takes the attributes: an array of objects. ``before`` has two addresses
+    for each parameter, which will likely be looked at because they were the last time.
+    """
+    places = _places()
+    if places is None or not compiler.available():
+        return None
+    text = _GRADIENTS.format(
+        at=places.tensor,
+        type_at=places.type,
+        fetch=fetch("object", 24, [places.tensor])
+        + fetch("tensor", 16, [0, 64, 128, 192], through=[places.tensor])
+        + fetch("meta", 8, [0, 64], through=[places.tensor, _META])
+        + fetch("dict", 24, [0, 32], objects="states")
+        + fetch("keys", 16, [0, 64, 128], through=[_KEYS], objects="states"),
+    )
+    names = ("PyObject_GetAttr", "PyDict_GetItemWithError", "Py_DecRef")
+    functions = [getattr(ctypes.pythonapi, name) for name in names]
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    kinds = [*[pointer] * 4, integer, *[pointer] * 4, integer, pointer]
+    return _loop(text, functions, kinds)
+
+
+class _Places(NamedTuple):
+    """Where an object of a tensor has, in bytes from its begin, its type and its C++ tensor."""
+
+    type: int
+    tensor: int
+
+
+# Only what is fetched ahead depends on these: where they are not right, it costs some speed.
+_STORAGE, _META = 16, 24  # in a tensor of C++, the addresses of its storage and of its gradient
+_KEYS = 32  # in a dict, the address of its table
+
+
+@cache
+def _places() -> _Places | None:
+    sample, word = torch.empty(0), ctypes.c_size_t
+
+    def find(value: int) -> int | None:
+        offsets = range(0, Tensor.__basicsize__, ctypes.sizeof(word))
+        found = (at for at in offsets if word.from_address(id(sample) + at).value == value)
+        return next(found, None)
+
+    own_type, tensor = find(id(Tensor)), find(sample._cdata)
+    return None if own_type is None or tensor is None else _Places(own_type, tensor)
+
+
+def _loop(text: str, functions: list[Any], kinds: list[Any]) -> Loop:
+    pointer = ctypes.c_void_p
+    table = [ctypes.cast(function, pointer).value for function in functions]
+    prototype = ctypes.PYFUNCTYPE(ctypes.c_int64, *kinds)
+    code = ctypes.cast(compiler.compiled(text), pointer).value
+    return Loop(prototype(code), np.array(table, np.uint64))
+
+
+def fetch(
+    name: str,
+    ahead: int,
+    lines: Sequence[int],
+    *,
+    through: Sequence[int] = (),
+    objects: str = "objects",
+) -> str:
+    """Lines that fetch what will be looked at ``ahead`` rounds later, beside the address itself.
+
+    Args:
+        name: How their values are called.
+        ahead: So many rounds.
+        lines: The bytes, from that address, whose cache lines are fetched.
+        through: The address stands in an object: there, and in what stands there, and so on.
+        objects: The array of these objects.
+    """
+
+    def text() -> Iterator[str]:
+        yield f"%{name}.later = add i64 %i, {ahead}"
+        yield f"%{name}.i = call i64 @llvm.umin.i64(i64 %{name}.later, i64 %last)"
+        yield f"%{name}.in = getelementptr ptr, ptr %{objects}, i64 %{name}.i"
+        yield f"%{name}.0 = load ptr, ptr %{name}.in"
+        for step, offset in enumerate(through):
+            yield f"%{name}.{step}.in = getelementptr i8, ptr %{name}.{step}, i64 {offset}"
+            yield f"%{name}.{step + 1} = load ptr, ptr %{name}.{step}.in"
+        for line in lines:
+            yield f"%{name}.at.{line} = getelementptr i8, ptr %{name}.{len(through)}, i64 {line}"
+            yield f"call void @llvm.prefetch.p0(ptr %{name}.at.{line}, i32 0, i32 3, i32 1)"
+
+    return "\n".join([*text(), ""])
+
+
+def ask(name: str, place: int) -> str:
+    """Lines that have the function at that place answer for ``%tensor``."""
+    return f"""\
+%{name}.function.at = getelementptr ptr, ptr %functions, i64 {place}
+%{name}.function = load ptr, ptr %{name}.function.at
+%{name}.to = getelementptr i64, ptr %answers, i64 {place}
+%{name}.error = call i32 %{name}.function(ptr %tensor, ptr %{name}.to)
+"""
+
+
+_COMPARE = """\
+define private i1 @is_as(ptr %known, ptr %found, i64 %n, i1 %learn) {
+br label %next
+next:
+%i = phi i64 [0, %0], [%i.next, %same]
+%more = icmp ult i64 %i, %n
+br i1 %more, label %look, label %done
+look:
+%known.at = getelementptr i64, ptr %known, i64 %i
+%found.at = getelementptr i64, ptr %found, i64 %i
+%word = load i64, ptr %found.at
+br i1 %learn, label %note, label %compare
+note:
+store i64 %word, ptr %known.at
+br label %same
+compare:
+%wanted = load i64, ptr %known.at
+%is = icmp eq i64 %word, %wanted
+br i1 %is, label %same, label %done
+same:
+%i.next = add i64 %i, 1
+br label %next
+done:
+%all = icmp eq i64 %i, %n
+ret i1 %all
+}
+"""
+
+_LAYOUTS = """\
+define i64 @kernel(
+ptr %functions, ptr %objects, ptr %addresses, ptr %words, i64 %n, i1 %learn, i1 %place
+) {{
+%answers = alloca [{n_answers} x i64]
+; Some answers fill half a word.
+call void @llvm.memset.p0.i64(ptr %answers, i8 0, i64 {n_bytes}, i1 false)
+%last = sub i64 %n, 1
+br label %next
+next:
+%i = phi i64 [0, %0], [%i.next, %noted]
+%to = phi ptr [%words, %0], [%to.next, %noted]
+%more = icmp ult i64 %i, %n
+br i1 %more, label %begin, label %done
+begin:
+{fetch}
+%object.at = getelementptr ptr, ptr %objects, i64 %i
+%object = load ptr, ptr %object.at
+%tensor = getelementptr i8, ptr %object, i64 {at}
+{ask_kind}
+%kind.is = call i1 @is_as(ptr %to, ptr %answers, i64 {n_kind}, i1 %learn)
+br i1 %kind.is, label %measure, label %done
+measure:
+{ask_rest}
+%error.0 = or i32 %sizes.error, %strides.error
+%error = or i32 %error.0, %data_ptr.error
+%answered = icmp eq i32 %error, 0
+br i1 %answered, label %check, label %done
+check:
+%dim = load i64, ptr %dim.to
+%sizes = load ptr, ptr %sizes.to
+%strides = load ptr, ptr %strides.to
+%to.sizes = getelementptr i64, ptr %to, i64 {n_kind}
+%to.strides = getelementptr i64, ptr %to.sizes, i64 %dim
+%to.next = getelementptr i64, ptr %to.strides, i64 %dim
+%sizes.are = call i1 @is_as(ptr %to.sizes, ptr %sizes, i64 %dim, i1 %learn)
+%strides.are = call i1 @is_as(ptr %to.strides, ptr %strides, i64 %dim, i1 %learn)
+%address.at = getelementptr ptr, ptr %addresses, i64 %i
+%place.is = call i1 @is_as(ptr %address.at, ptr %data_ptr.to, i64 1, i1 %place)
+%shape.is = and i1 %sizes.are, %strides.are
+%all.is = and i1 %shape.is, %place.is
+br i1 %all.is, label %noted, label %done
+noted:
+%i.next = add i64 %i, 1
+br label %next
+done:
+ret i64 %i
+}}
+"""
+
+_GRADIENTS = """\
+define i64 @kernel(
+ptr %functions, ptr %type, ptr %name, ptr %objects, i64 %n, ptr %grads, ptr %before, ptr %states,
+ptr %names, i64 %n_names, ptr %entries
+) {{
+%item.at = getelementptr ptr, ptr %functions, i64 1
+%drop.at = getelementptr ptr, ptr %functions, i64 2
+%attribute = load ptr, ptr %functions
+%item = load ptr, ptr %item.at
+%drop = load ptr, ptr %drop.at
+%last = sub i64 %n, 1
+br label %next
+next:
+%i = phi i64 [0, %0], [%i.next, %noted]
+%more = icmp ult i64 %i, %n
+br i1 %more, label %begin, label %done
+begin:
+{fetch}
+%before.at = getelementptr [2 x ptr], ptr %before, i64 %i
+%soon.at = getelementptr [2 x ptr], ptr %before, i64 %meta.i
+%soon.tensor.at = getelementptr ptr, ptr %soon.at, i64 1
+%soon.object = load ptr, ptr %soon.at
+%soon.tensor = load ptr, ptr %soon.tensor.at
+%soon.tensor.1 = getelementptr i8, ptr %soon.tensor, i64 64
+%soon.tensor.2 = getelementptr i8, ptr %soon.tensor, i64 128
+call void @llvm.prefetch.p0(ptr %soon.object, i32 1, i32 3, i32 1)
+call void @llvm.prefetch.p0(ptr %soon.tensor, i32 1, i32 3, i32 1)
+call void @llvm.prefetch.p0(ptr %soon.tensor.1, i32 1, i32 3, i32 1)
+call void @llvm.prefetch.p0(ptr %soon.tensor.2, i32 1, i32 3, i32 1)
+%state.at = getelementptr ptr, ptr %states, i64 %i
+%state = load ptr, ptr %state.at
+%row = mul i64 %i, %n_names
+%row.at = getelementptr ptr, ptr %entries, i64 %row
+br label %entry
+entry:
+%j = phi i64 [0, %begin], [%j.next, %entry.look]
+%entry.more = icmp ult i64 %j, %n_names
+br i1 %entry.more, label %entry.ask, label %take
+entry.ask:
+%key.at = getelementptr ptr, ptr %names, i64 %j
+%key = load ptr, ptr %key.at
+%wanted.at = getelementptr ptr, ptr %row.at, i64 %j
+%wanted = load ptr, ptr %wanted.at
+%found = call ptr %item(ptr %state, ptr %key)
+%entry.is = icmp eq ptr %found, %wanted
+br i1 %entry.is, label %entry.look, label %done
+entry.look:
+%j.next = add i64 %j, 1
+br label %entry
+take:
+%own.at = getelementptr ptr, ptr %objects, i64 %i
+%own = load ptr, ptr %own.at
+%grad = call ptr %attribute(ptr %own, ptr %name)
+%none = icmp eq ptr %grad, null
+br i1 %none, label %done, label %keep
+keep:
+%grad.to = getelementptr ptr, ptr %grads, i64 %i
+%old = load ptr, ptr %grad.to
+store ptr %grad, ptr %grad.to
+call void %drop(ptr %old)
+%type.at = getelementptr i8, ptr %grad, i64 {type_at}
+%own.type = load ptr, ptr %type.at
+%is.tensor = icmp eq ptr %own.type, %type
+br i1 %is.tensor, label %noted, label %done
+noted:
+%tensor.at = getelementptr i8, ptr %grad, i64 {at}
+%tensor = load ptr, ptr %tensor.at
+%before.tensor.at = getelementptr ptr, ptr %before.at, i64 1
+store ptr %grad, ptr %before.at
+store ptr %tensor, ptr %before.tensor.at
+%i.next = add i64 %i, 1
+br label %next
+done:
+ret i64 %i
+}}
+"""
