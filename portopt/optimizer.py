@@ -322,7 +322,7 @@ def _run(work: list[_Work]) -> None:
     alike: dict[tuple[Program, tuple[str, ...]], list[_Work]] = {}
     for item in work:
         if item.program.elementwise and _takes(item.operands):
-            storage = tuple(array.dtype.name for array in item.operands)
+            storage = tuple(_dtype_name(array.dtype) for array in item.operands)
             alike.setdefault((item.program, storage), []).append(item)
         else:
             _run_plain(item)
@@ -381,12 +381,18 @@ def _refusal(arrays: Sequence[NDArray]) -> str | None:
     first = arrays[0]
     if not all(array.flags.aligned and array.dtype.isnative for array in arrays):
         return "an array is not aligned, or of another byte order than this processor's"
-    if first.size:
+    if first.size and not all(array.flags.c_contiguous for array in arrays):
         if not cpu.is_dense([size for size in first.shape if size > 1], _strides(first)):
             return "an array has gaps in its memory, or goes through it backwards"
         if any(_strides(array) != _strides(first) for array in arrays):
             return "a gradient or slot lies otherwise in memory than its parameter"
-    return cpu.refusal(tuple(array.dtype.name for array in arrays))
+    return cpu.refusal(tuple(_dtype_name(array.dtype) for array in arrays))
+
+
+@cache
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    """Its name, which NumPy forms anew each time, slowly."""
+    return str(dtype.name)
 
 
 def _strides(array: NDArray) -> list[int]:

@@ -59,7 +59,7 @@ def first_steps(framework: str, quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def import_time(package: str, repeats: int) -> float:
-    """The median time that a package adds to the import of what it stands on.
+    """The median time that a package adds to the import of what it stands on, once it is bytecode.
 
     Raises:
         subprocess.CalledProcessError: a child failed.
@@ -68,7 +68,8 @@ def import_time(package: str, repeats: int) -> float:
         f"import time, {IMPORTS[package]}; began = time.perf_counter(); import {package}; "
         "print(time.perf_counter() - began)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     times = [
         float(
             subprocess.run(
