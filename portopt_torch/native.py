@@ -117,7 +117,7 @@ def _places() -> _Places | None:
         found = (at for at in offsets if word.from_address(id(sample) + at).value == value)
         return next(found, None)
 
-    own_type, tensor = find(id(Tensor)), find(sample._cdata)
+    own_type, tensor = find(id(type(sample))), find(sample._cdata)
     return None if own_type is None or tensor is None else _Places(own_type, tensor)
 
 
