@@ -102,6 +102,8 @@ def step_times(groups: Sequence[Group]) -> Figure:
             left += len(timings) + 1
         axis.axhline(1, color="black", linestyle="--", linewidth=1)
         axis.set_xticks([*ticks], [*ticks.values()])
+        if len(ticks) > 12:  # or one would lie on the next
+            axis.tick_params("x", labelrotation=30, labelsize="small")
         axis.set(title=f"{TITLES[framework]}, {TITLES[mix]}", ylabel="times the memory limit")
         axis.set(yscale="log", ylim=(0.3, 2 * top), xlim=(-1, max(left - 1, 24)))
         axis.yaxis.set_major_formatter("{x:g}")
