@@ -210,7 +210,7 @@ RMSprop:
     once a step, in float64:
         s1 = 1 - alpha
     for every element:
-        v = where(square_avg < inf, square_avg + s1 * (grad * grad - square_avg), square_avg)
+        v = square_avg + where(square_avg < inf, s1 * (grad * grad - square_avg), 0.0)
         a = grad_avg + s1 * (grad - grad_avg)
         spread = maximum(v - a * a, 0.0)
         denom = sqrt(spread + eps)
@@ -227,7 +227,7 @@ Adam:
         s6 = bias2**-0.5
     for every element:
         m = exp_avg + s1 * (grad - exp_avg)
-        v = where(exp_avg_sq < inf, exp_avg_sq + s2 * (grad * grad - exp_avg_sq), exp_avg_sq)
+        v = exp_avg_sq + where(exp_avg_sq < inf, s2 * (grad * grad - exp_avg_sq), 0.0)
         denom = s6 * sqrt(v) + eps
         param_new = param - step_size * m / denom
     new param = param_new, exp_avg = m, exp_avg_sq = v""",
