@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import is_
+from typing import Any, ClassVar, NamedTuple
 
 import keras
 import numpy as np
@@ -28,6 +31,35 @@ class _Ops:
 
     def matrix_transpose(self, x: Any) -> Any:
         return ops.moveaxis(x, -1, -2)
+
+
+@dataclass  # and no tuple, of which Keras would track the variables
+class _Group:
+    """The variables of a step, and what the next step on them needs not find out again.
+
+    Attributes:
+        variables: They.
+        places: For each variant, the places of its own.
+        plan: How kernels update them.
+    """
+
+    variables: Sequence[Any]
+    places: dict[Hashable, list[int]]
+    plan: Any = None
+
+
+class _Work(NamedTuple):
+    """What one program updates in a step.
+
+    Attributes:
+        program: It.
+        scalars: What its ``scalars`` returned.
+        places: The places of its variables.
+    """
+
+    program: Program
+    scalars: dict[str, Any]
+    places: list[int]
 
 
 class Optimizer(keras.optimizers.Optimizer):
@@ -57,6 +89,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self, learning_rate: Any, hyperparameters: Mapping[str, Any], **kwargs: Any
     ) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
+        self._group = _Group((), {})
         for name, value in hyperparameters.items():
             if hasattr(self, name):
                 raise TypeError(f"{name!r} cannot be a hyperparameter: Keras uses it for its own")
@@ -187,25 +220,55 @@ class Optimizer(keras.optimizers.Optimizer):
     ) -> None:
         """On TensorFlow all variables at once, if kernels can; else `update_step` for each."""
         t, can_be_compiled = self.iterations + 1, _can_be_compiled(trainable_variables)
-        pairs: dict[Hashable, list[Any]] = {}
-        for pair in zip(grads, trainable_variables, strict=True):
-            pairs.setdefault(self.variant(pair[1]), []).append(pair)
-        traced = []
-        for variant, some in pairs.items():
+        group, works = self._group_of(trainable_variables), []
+        for variant, places in group.places.items():
             rule = self.rule_for(variant, learning_rate)
             program = trace(rule)
-            scalars = scalars_of(program, rule, self._numbers, t)
-            traced.append((program, scalars, some))
-        for program, scalars, some in traced:
-            if can_be_compiled and program.elementwise:
-                from portopt_tf import compiled
+            works.append(_Work(program, scalars_of(program, rule, self._numbers, t), places))
+        if not (can_be_compiled and self._launched(group, works, grads)):
+            for program, scalars, places in works:
+                own_grads = [grads[place] for place in places]
+                own_variables = [trainable_variables[place] for place in places]
+                if can_be_compiled and program.elementwise:
+                    from portopt_tf import compiled
 
-                stored = [self._stored(program, *pair) for pair in some]
-                compiled.update(program, scalars, t, stored)
-            else:
-                own_grads, own_variables = zip(*some, strict=True)
-                super()._backend_update_step(own_grads, own_variables, learning_rate)
-        self._keep(program, scalars)  # the same with decay and without
+                    stored = map(partial(self._stored, program), own_grads, own_variables)
+                    compiled.update(program, scalars, t, stored)
+                else:
+                    super()._backend_update_step(own_grads, own_variables, learning_rate)
+        self._keep(works[-1].program, works[-1].scalars)  # the same with decay and without
+
+    def _group_of(self, variables: Sequence[Any]) -> _Group:
+        """What is known of these variables, if they are the last step's."""
+        group = self._group
+        if len(group.variables) != len(variables) or not all(map(is_, group.variables, variables)):
+            group = _Group([*variables], {})
+            for place, variable in enumerate(variables):
+                group.places.setdefault(self.variant(variable), []).append(place)
+            self._group = group
+        return group
+
+    def _launched(self, group: _Group, works: Sequence[_Work], grads: Sequence[Any]) -> bool:
+        """Make the step by kernels, on the variables' memory; whether that was possible."""
+        if _is_symbolic(self.iterations) or not all(work.program.elementwise for work in works):
+            return False
+        from portopt_tf import launch
+
+        programs = [work.program for work in works]
+        if group.plan is None or not group.plan.fits(programs, grads):
+            group.plan = launch.Plan(
+                [
+                    launch.Member(
+                        place,
+                        number,
+                        program,
+                        self._stored(program, grads[place], group.variables[place]),
+                    )
+                    for number, (program, _, places) in enumerate(works)
+                    for place in places
+                ]
+            )
+        return group.plan.run([work.scalars for work in works], grads)
 
     def _keep(self, program: Program, scalars: Mapping[str, Any]) -> None:
         """Take over the rule's new numbers."""
@@ -259,7 +322,7 @@ class Optimizer(keras.optimizers.Optimizer):
 
 
 def _initializer(value: Any) -> Any:
-    if value is PARAM:
+    if value is PARAM or value == 0.0:
         return "zeros"
     # Keras would take a Python float into float64 by way of float32.
     return keras.initializers.Constant(np.float64(value) if isinstance(value, float) else value)
@@ -291,7 +354,8 @@ def dense(gradient: Any, variable: Any) -> Any:
     if isinstance(gradient, tf.IndexedSlices):
         rows = variable.shape[0]
         gradient = tf.math.unsorted_segment_sum(gradient.values, gradient.indices, rows)
-    gradient = tf.convert_to_tensor(gradient)
+    if not isinstance(gradient, tf.Tensor):
+        gradient = tf.convert_to_tensor(gradient)
     if not gradient.shape.is_compatible_with(variable.shape):
         raise _misshapen(gradient, variable)
     if gradient.shape.is_fully_defined():

@@ -7,29 +7,15 @@ because Python tells both: `places` looks for them. They hold Python's lock.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from portopt.kernels import compiler
-
-
-class Loop(NamedTuple):
-    """A compiled loop.
-
-    Attributes:
-        call: Its function, of the address of ``functions`` and what is said of each loop.
-        functions: The addresses of the C functions that it calls.
-    """
-
-    call: Callable[..., int]
-    functions: npt.NDArray[np.uint64]
-
+from portopt.kernels.compiler import Loop
 
 KIND = ("layout", "dtype", "device_type", "device_index", "dim")
 """What a tensor is asked first: numbers."""
@@ -64,7 +50,7 @@ def layouts() -> Loop | None:
         ask_rest="".join(asks[len(KIND) :]),
     )
     pointers, flags = [ctypes.c_void_p] * 4, [ctypes.c_bool] * 2
-    return _loop(text, functions, [*pointers, ctypes.c_int64, *flags])
+    return compiler.loop(text, functions, [*pointers, ctypes.c_int64, *flags])
 
 
 @cache
@@ -93,7 +79,7 @@ def gradients() -> Loop | None:
     functions = [getattr(ctypes.pythonapi, name) for name in names]
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     kinds = [*[pointer] * 4, integer, *[pointer] * 4, integer, pointer]
-    return _loop(text, functions, kinds)
+    return compiler.loop(text, functions, kinds)
 
 
 class _Places(NamedTuple):
@@ -119,14 +105,6 @@ def _places() -> _Places | None:
 
     own_type, tensor = find(id(type(sample))), find(sample._cdata)
     return None if own_type is None or tensor is None else _Places(own_type, tensor)
-
-
-def _loop(text: str, functions: list[Any], kinds: list[Any]) -> Loop:
-    pointer = ctypes.c_void_p
-    table = [ctypes.cast(function, pointer).value for function in functions]
-    prototype = ctypes.PYFUNCTYPE(ctypes.c_int64, *kinds)
-    code = ctypes.cast(compiler.compiled(text), pointer).value
-    return Loop(prototype(code), np.array(table, np.uint64))
 
 
 def fetch(

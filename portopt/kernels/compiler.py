@@ -9,10 +9,13 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 Kernel = Callable[[int, int, int, int], int]
 """``kernel(table, spans, n_spans, counter)``, all addresses but ``n_spans``; holds no lock, and
@@ -46,12 +49,14 @@ def compiled(text: str) -> Kernel:
     Raises:
         ModuleNotFoundError: llvmlite is not installed.
     """
+    address, integer = ctypes.c_void_p, ctypes.c_int64
     with _lock:  # two threads with the same first step compile once
-        return _compiled(text)
+        return ctypes.CFUNCTYPE(integer, address, address, integer, address)(_compiled(text))
 
 
 @cache
-def _compiled(text: str) -> Kernel:
+def _compiled(text: str) -> int:
+    """Where the function's machine code begins."""
     from llvmlite import binding
 
     machine, jit, processor = _host()
@@ -72,9 +77,33 @@ def _compiled(text: str) -> Kernel:
         .link(jit, f"{key} {next(_links)}")  # an interrupted one keeps its name
     )
     _libraries.append(library)
-    address, integer = ctypes.c_void_p, ctypes.c_int64
-    prototype = ctypes.CFUNCTYPE(integer, address, address, integer, address)
-    return prototype(library["kernel"])
+    return int(library["kernel"])
+
+
+class Loop(NamedTuple):
+    """A compiled loop over Python's objects, which holds Python's lock.
+
+    Attributes:
+        call: Its function, of the address of ``functions`` and what is said of each loop.
+        functions: The addresses of the C functions that it calls.
+    """
+
+    call: Callable[..., int]
+    functions: npt.NDArray[np.uint64]
+
+
+def loop(text: str, functions: Sequence[Any], kinds: Sequence[Any]) -> Loop:
+    """The function ``kernel`` that ``text`` defines, as a `Loop`.
+
+    Args:
+        text: LLVM assembly; ``kernel`` returns an int64.
+        functions: Functions of ctypes.
+        kinds: The types of the kernel's arguments, of ctypes.
+    """
+    table = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+    with _lock:
+        call = ctypes.PYFUNCTYPE(ctypes.c_int64, *kinds)(_compiled(text))
+    return Loop(call, np.array(table, np.uint64))
 
 
 _libraries: list[Any] = []  # what is dropped is unloaded
