@@ -1,18 +1,20 @@
-"""Eager steps on CPUs: launches of a kernel, in place on the memory of TensorFlow's variables."""
+"""Eager steps on CPUs: launches of a kernel, in place on the memory of Keras's variables."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib import import_module
+from itertools import chain
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
-import tensorflow as tf
 
+from portopt.arrays import STORAGE_DTYPES
 from portopt.kernels import cpu
 from portopt.program import Program
-from portopt_tf import memory
 
 
 class Member(NamedTuple):
@@ -31,17 +33,19 @@ class Member(NamedTuple):
     arrays: Mapping[str, Any]
 
     @property
-    def size(self) -> int | None:
-        return self.arrays["param"].shape.num_elements()
+    def size(self) -> int:
+        return int(np.prod(self.arrays["param"].shape))
 
     @property
     def storage(self) -> tuple[str, ...]:
         arrays = [self.arrays[name] for name in self.program.operands]
-        return tuple(tf.as_dtype(array.dtype).name for array in arrays)
+        return tuple(keras.backend.standardize_dtype(array.dtype) for array in arrays)
 
 
 class Plan:
     """The launches of a step, which serve for the next steps on the same variables.
+
+    Keras runs on TensorFlow or PyTorch: ``memory_tensorflow`` or ``memory_torch`` finds the memory.
 
     Args:
         members: The parameters.
@@ -51,12 +55,13 @@ class Plan:
         self._programs = {member.work: member.program for member in members}
         dtypes = {member.place: member.arrays["grad"].dtype for member in members}
         self._grad_dtypes = [dtypes[place] for place in range(len(members))]
-        self._is_possible = _is_possible(members)
+        self._memory = import_module(f"portopt_tf.memory_{keras.backend.backend()}")
+        self._is_possible = _is_possible(self._memory, members)
         alike: dict[tuple[int, tuple[str, ...]], list[Member]] = {}
         for member in members if self._is_possible else ():
             if member.size:
                 alike.setdefault((member.work, member.storage), []).append(member)
-        self._batches = [*map(_Batch, alike.values())]
+        self._batches = [_Batch(self._memory, some) for some in alike.values()]
 
     def fits(self, programs: Sequence[Program], grads: Sequence[Any]) -> bool:
         """Whether it is for these programs and dtypes of gradients."""
@@ -72,29 +77,27 @@ class Plan:
             scalars: For each program, what its ``scalars`` returned.
             grads: The gradients, in the order of the places.
         """
-        if not (self._is_possible and tf.config.experimental.get_synchronous_execution()):
+        if not (self._is_possible and self._memory.can_step()):
             return False
-        if not all(map(memory.is_here, grads)):
+        found = [batch.find(grads) for batch in self._batches]  # alive while it is worked on
+        if None in found:
             return False
-        values = [batch.find(grads) for batch in self._batches]  # alive while they are worked on
-        if None in values:
-            return False
-        threads = tf.config.threading.get_intra_op_parallelism_threads() or cpu.threads()
-        for batch in self._batches:
-            batch.step.run([scalars[batch.work]], batch.which, threads)
+        for batch, (_, values) in zip(self._batches, found, strict=True):
+            batch.step.run([scalars[batch.work]], batch.which, self._memory.threads())
+            batch.variables.wrote(values)
         return True
 
 
 class _Batch:
     """Parameters of one program that are stored alike: one launch."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        first, sizes = members[0], [member.size or 0 for member in members]
+    def __init__(self, memory: Any, members: Sequence[Member]) -> None:
+        self.memory = memory
+        first, self.sizes = members[0], [member.size for member in members]
         self.work, self.places = first.work, [member.place for member in members]
         rows = np.zeros((len(members), len(first.storage)), np.uint64)
-        self.step = cpu.Step(first.program, first.storage, rows, sizes)
+        self.step = cpu.Step(first.program, first.storage, rows, self.sizes)
         self.which = np.zeros(len(members), np.int64)  # all have the same scalars
-        self.grad_bytes = np.array([size * first.arrays["grad"].dtype.size for size in sizes])
         operands = first.program.operands
         self.grad = operands.index("grad")
         self.kept = [place for place in range(len(operands)) if place != self.grad]
@@ -102,32 +105,34 @@ class _Batch:
             [member.arrays[operands[place]] for place in self.kept for member in members]
         )
 
-    def find(self, grads: Sequence[Any]) -> list[Any] | None:
+    def find(self, grads: Sequence[Any]) -> Any:
         """Note where everything lies.
 
         Returns:
-            The variables' values, in memory that nothing else holds; None if that is not to be had.
+            The gradients and the variables' values, which keep their memory; None if one of them
+            cannot be worked on where it is.
         """
-        found = memory.buffers([grads[place] for place in self.places])
-        own = self.variables.alone()
-        if own is None or (found[:, memory.BYTES] != self.grad_bytes).any():
+        own_grads = self.memory.find([grads[place] for place in self.places], self.sizes)
+        own_values = self.variables.find()
+        if own_grads is None or own_values is None:
             return None
-        values, addresses = own
-        self.step.table[:, self.kept] = addresses.reshape(len(self.kept), -1).T
-        self.step.table[:, self.grad] = found[:, memory.DATA]
-        return values
+        (kept, grads_at), (values, values_at) = own_grads, own_values
+        self.step.table[:, self.grad] = grads_at
+        self.step.table[:, self.kept] = values_at.reshape(len(self.kept), -1).T
+        return kept, values
 
 
-def _is_possible(members: Sequence[Member]) -> bool:
+def _is_possible(memory: Any, members: Sequence[Member]) -> bool:
     """Whether a kernel can update them; if it should be able to, why not is said once."""
     kept = [x for member in members for name, x in member.arrays.items() if name != "grad"]
-    if len({*map(id, kept)}) < len(kept) or any(member.size is None for member in members):
+    if len({*map(id, kept)}) < len(kept) or not all(map(memory.is_here, kept)):
         return False
-    if not all(memory.is_here(variable.handle) for variable in kept):
+    storages = {member.storage for member in members}
+    if not {*STORAGE_DTYPES}.issuperset(chain.from_iterable(storages)):
         return False
-    reasons = [*map(cpu.refusal, {member.storage for member in members})]
-    if not any(reasons) and not memory.is_found():
-        reasons.append("TensorFlow's variables are not kept as expected")
+    reasons = [*map(cpu.refusal, storages)]
+    if not any(reasons):
+        reasons.append(memory.lack(kept))
     for why in filter(None, reasons):
         _warn(why)
     return not any(reasons)

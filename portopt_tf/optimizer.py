@@ -218,14 +218,18 @@ class Optimizer(keras.optimizers.Optimizer):
     def _backend_update_step(
         self, grads: Any, trainable_variables: Any, learning_rate: Any
     ) -> None:
-        """On TensorFlow all variables at once, if kernels can; else `update_step` for each."""
+        """All variables at once, by kernels or on TensorFlow compiled; else `update_step` for each.
+
+        That is, in the processor's memory, and wherever TensorFlow keeps one copy of each.
+        """
         t, can_be_compiled = self.iterations + 1, _can_be_compiled(trainable_variables)
         group, works = self._group_of(trainable_variables), []
         for variant, places in group.places.items():
             rule = self.rule_for(variant, learning_rate)
             program = trace(rule)
             works.append(_Work(program, scalars_of(program, rule, self._numbers, t), places))
-        if not (can_be_compiled and self._launched(group, works, grads)):
+        can_be_launched = can_be_compiled or keras.backend.backend() == "torch"
+        if not (can_be_launched and self._launched(group, works, grads)):
             for program, scalars, places in works:
                 own_grads = [grads[place] for place in places]
                 own_variables = [trainable_variables[place] for place in places]
@@ -345,7 +349,8 @@ def dense(gradient: Any, variable: Any) -> Any:
     inside a ``tf.function``, is checked when it runs.
     """
     if keras.backend.backend() != "tensorflow":
-        gradient = ops.convert_to_tensor(gradient)
+        if not ops.is_tensor(gradient):
+            gradient = ops.convert_to_tensor(gradient)
         if tuple(gradient.shape) != tuple(variable.shape):
             raise _misshapen(gradient, variable)
         return gradient

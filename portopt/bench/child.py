@@ -6,6 +6,7 @@ import ctypes
 import gc
 import itertools
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,6 +79,7 @@ def _measure(
     first, extra = [], []
     for contender in contenders:
         contender.before()
+        gc.collect()  # of all that TensorFlow has: 0.3 s, which are to fall on nobody
         began = time.perf_counter()
         steps.append(contender.make())
         steps[-1]()
@@ -87,17 +89,17 @@ def _measure(
         extra.append(peak_extra(step))
     samples: list[list[float]] = [[] for _ in steps]
     additions: list[float] = []
-    order = list(range(len(steps)))
+    order, shuffle = list(range(len(steps))), random.Random(0).shuffle
     began = time.perf_counter()
     for done in range(100):
         if done >= 3 and time.perf_counter() - began > seconds:
             break
+        shuffle(order)  # nobody always follows the same one
         for place in order:
             bandwidth.sample()  # meanwhile threads that spin after the last step fall asleep
             additions.append(bandwidth.sample())
             contenders[place].before()
             samples[place].append(_timed(steps[place]))
-        order.append(order.pop(0))  # nobody always follows the same one
     limit = bytes_per_element(case.rule) * case.elements / statistics.median(additions)
     for place, contender in enumerate(contenders):
         yield Timing(

@@ -1,11 +1,13 @@
 """A child process: native and our optimizers on the backend that KERAS_BACKEND names."""
 
+import contextlib
 import sys
+import warnings
 
 import keras
 import numpy as np
 from keras_runs import EACH, SHAPES, arrays, assert_variables, case, fit, small_model, twins
-from support import gradients, weights
+from support import assert_agree, gradients, weights
 
 import portopt
 from portopt import rules
@@ -45,11 +47,11 @@ def jitted(optimizer, grads, made):
     stateless(optimizer, grads, made, optimizer.jitted)
 
 
-def in_numpy(rule):
-    """The rule in float64, by the core's own optimizer."""
-    params = [weights(shape, seed).astype("float64") for seed, shape in enumerate(SHAPES)]
+def in_numpy(rule, dtype="float64"):
+    """The rule, by the core's own optimizer."""
+    params = [weights(shape, seed).astype(dtype) for seed, shape in enumerate(SHAPES)]
     optimizer = portopt.Optimizer(rule, params)
-    streams = [gradients(a.shape, 6, i, "float64") for i, a in enumerate(params)]
+    streams = [gradients(a.shape, 6, i, dtype) for i, a in enumerate(params)]
     for grads in zip(*streams, strict=True):
         optimizer.step(grads)
     return params
@@ -73,6 +75,67 @@ def check_precision(apply):
     assert_variables(half, [np.full(4, 1 - 5 * 0.125)], "bfloat16", [np.ones(4)])
 
 
+def check_launches():
+    """On PyTorch the kernel works on the variables' own memory, and gives NumPy's bits."""
+    import torch
+
+    from portopt.kernels import cpu
+
+    launches, run = [], cpu.Step.run
+    cpu.Step.run = lambda self, *args: launches.append(len(self.table)) or run(self, *args)
+    _, adam = twins("Adam", learning_rate=0.25)
+    made = variables()
+    places = [v.value.data_ptr() for v in made]
+    actual = arrays(steps(adam, made, eager))
+    assert [v.value.data_ptr() for v in made] == places and launches == [3] * 6
+    expected = in_numpy(rules.Adam(lr=0.25, eps=1e-7, eps_form="hat"), "float32")
+    for one, other in zip(actual, expected, strict=True):
+        assert_agree(one, other, "same")
+
+    def variable(array):
+        parameter = torch.nn.Parameter(array)
+        return keras.Variable(parameter, dtype="float32")
+
+    base = torch.ones(4, 4)
+    cases = {  # variables and gradients; how many tensors are launched
+        "gradient transposed": ([torch.ones(2, 3)], [torch.ones(3, 2).T], [1]),
+        "gradient negated": ([torch.ones(3)], [torch._neg_view(-torch.ones(3))], [1]),
+        "gradient a parameter": ([torch.ones(3)], [torch.nn.Parameter(torch.ones(3))], [1]),
+        "empty": ([torch.ones(0, 3), torch.ones(2)], [torch.ones(0, 3), torch.ones(2)], [1]),
+        "transposed": ([torch.ones(3, 2).T], [torch.ones(2, 3)], []),
+        "one memory": ([base[0], base[0]], [torch.ones(4), torch.zeros(4)], []),
+    }
+    for label, (values, grads, launched) in cases.items():
+        launches.clear()
+        made, sgd = [*map(variable, values)], twins("SGD", learning_rate=0.5)[1]
+        sgd.build(made)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            sgd.apply(grads, made)
+        assert all((v.numpy() == 0.5).all() for v in made), label
+        told = [str(w.message) for w in said if "without a kernel" in str(w.message)]
+        assert len(told) == (label == "transposed"), label
+        assert launches == launched, label
+
+    weight, sgd = variable(torch.tensor([2.0])), twins("SGD", learning_rate=0.5)[1]
+    sgd.build([weight])
+    loss = (weight.value * weight.value).sum()
+    launches.clear()
+    with torch.no_grad():
+        new, _ = sgd.stateless_apply([v.value for v in sgd.variables], [torch.ones(1)], [weight])
+        assert weight.numpy() == 2.0 and new[0] == 1.5 and launches == []
+        sgd.apply([torch.ones(1)], [weight])
+    assert weight.numpy() == 1.5 and launches == [1]
+    with contextlib.suppress(RuntimeError):  # as its memory is another's now
+        loss.backward()
+        raise AssertionError("a backward pass through an older graph must fail")
+    weight.value.data = weight.value.data.double()
+    with torch.no_grad():
+        sgd.apply([torch.ones(1)], [weight])
+    assert weight.value.dtype == torch.float64 and weight.numpy() == 1.0 and launches == [1]
+    cpu.Step.run = run
+
+
 def check_parity(apply, labels=EACH, **options):
     """In float64 each case is the native."""
     for label in labels:
@@ -94,6 +157,8 @@ def check_fit(**compile_args):
 forms = (eager, jitted) if backend == "jax" else (eager,)
 for form in forms:
     check_precision(form)
+if backend == "torch":
+    check_launches()
 
 keras.config.set_floatx("float64")
 keras.config.set_dtype_policy("float64")

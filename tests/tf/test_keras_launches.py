@@ -13,7 +13,8 @@ from support import assert_agree, gradients
 import portopt_tf
 from portopt.kernels import compiler, cpu
 from portopt.trace import trace
-from portopt_tf import launch, memory, optimizer
+from portopt_tf import launch, optimizer
+from portopt_tf import memory_tensorflow as memory
 
 SLOW = "portopt_tf steps without a kernel, slowly: "
 

@@ -1,8 +1,9 @@
-"""Where TensorFlow's variables lie in memory, to be overwritten in place as its own kernels do.
+"""Keras on TensorFlow: where variables lie in memory, to be overwritten in place.
 
 That is allowed only while nothing else holds the memory: a tensor that was read before is to keep
-its elements. TensorFlow asks the buffer, in C++, how many hold it. So does a compiled loop here. It
-finds the buffer by looking, and is believed after it has told right of a variable of our own.
+its elements. TensorFlow's own kernels ask the buffer, in C++, how many hold it, and so does a
+compiled loop here. It finds the buffer by looking, and is believed after it has told right of a
+variable of our own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +22,12 @@ from tensorflow.python import _pywrap_tensorflow_internal
 from tensorflow.python.eager import context, execute
 from tensorflow.python.framework.ops import EagerTensor
 
-from portopt.kernels import compiler
+from portopt.kernels import compiler, cpu
 from portopt.kernels.compiler import Loop
 
-Table = npt.NDArray[np.uint64]
+Table: TypeAlias = npt.NDArray[np.uint64]
+Found: TypeAlias = tuple[Sequence[Any], Table]
+"""Tensors, which keep their memory while they live, and where it begins."""
 
 DATA, KIND, HOLDERS, BYTES = range(4)
 """What `buffers` tells of a tensor: where its elements begin, the class of its buffer in C++, how
@@ -34,11 +37,47 @@ _AT_ONCE = 128
 """How many variables an op reads. For each number TensorFlow prepares one, in quadratic time."""
 
 
+def is_here(variable: Any) -> bool:
+    """Whether a variable is in this processor's memory, and of a known shape."""
+    return _is_here(variable.handle) and variable.shape.is_fully_defined()
+
+
+def _is_here(tensor: Any) -> bool:
+    return isinstance(tensor, EagerTensor) and tensor.device.endswith("CPU:0")
+
+
+def lack(variables: Sequence[Any]) -> str | None:
+    """Why they cannot be worked on where they are; None if they can."""
+    return None if _place() is not None else _NOT_FOUND
+
+
+_NOT_FOUND = "TensorFlow's variables are not kept as expected"
+
+
+def can_step() -> bool:
+    """Whether memory may be looked at now: every operation before has been done."""
+    return bool(tf.config.experimental.get_synchronous_execution())
+
+
+def threads() -> int:
+    """How many threads a launch may use."""
+    return tf.config.threading.get_intra_op_parallelism_threads() or cpu.threads()
+
+
+def find(grads: Sequence[Any], sizes: Sequence[int]) -> Found | None:
+    """Gradients of so many elements, none of them empty; None if one is not in this memory."""
+    if not all(map(_is_here, grads)):
+        return None
+    found = buffers(grads)
+    wanted = [grad.dtype.size * size for grad, size in zip(grads, sizes, strict=True)]
+    return (grads, found[:, DATA]) if found[:, BYTES].tolist() == wanted else None
+
+
 class Variables:
     """Variables whose values are to be overwritten in place.
 
     Args:
-        variables: Variables of TensorFlow or Keras in a CPU's memory, none of them empty.
+        variables: Variables of TensorFlow or Keras that are `is_here`, none of them empty.
     """
 
     def __init__(self, variables: Sequence[Any]) -> None:
@@ -53,8 +92,8 @@ class Variables:
             np.uint64,
         )
 
-    def alone(self) -> tuple[list[Any], Table] | None:
-        """Their values, each in memory that nothing else holds, and the addresses.
+    def find(self) -> Found | None:
+        """Their values, in memory that nothing else holds.
 
         A value that something else holds, or that lies in memory of another kind, is copied first.
         None if one is still not alone, or not of its variable's size.
@@ -71,7 +110,10 @@ class Variables:
             values, found = self._read()
         return None if self._others(found) else (values, found[:, DATA])
 
-    def _read(self) -> tuple[list[Any], Table]:
+    def wrote(self, values: Sequence[Any]) -> None:
+        """Nothing: TensorFlow does not count what is written."""
+
+    def _read(self) -> Found:
         values = read(self._handles, self._dtypes)
         return values, buffers(values)
 
@@ -93,28 +135,18 @@ def read(handles: Sequence[Any], dtypes: Sequence[tf.DType]) -> list[Any]:
 
 
 def buffers(tensors: Sequence[Any]) -> Table:
-    """What there is to know of the buffers of tensors that are `is_here`, none of them empty.
+    """What there is to know of the buffers of tensors in this memory, none of them empty.
 
     Returns:
         A row for each tensor, of `DATA`, `KIND`, `HOLDERS` and `BYTES`.
 
     Raises:
-        RuntimeError: `is_found` is False.
+        RuntimeError: it is not known how to find them.
     """
     place = _place()
     if place is None:
-        raise RuntimeError("TensorFlow's buffers are not where they are looked for")
+        raise RuntimeError(_NOT_FOUND)
     return place.look(tensors)
-
-
-def is_found() -> bool:
-    """Whether buffers are found, and behave as expected."""
-    return _place() is not None
-
-
-def is_here(tensor: Any) -> bool:
-    """Whether it is an eager tensor in this processor's memory."""
-    return isinstance(tensor, EagerTensor) and tensor.device.endswith("CPU:0")
 
 
 class _Place(NamedTuple):
