@@ -13,8 +13,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 MARK = "portopt-event "
@@ -51,12 +52,15 @@ def emit(**event: Any) -> None:
     print(MARK + json.dumps(event), flush=True)
 
 
-def events(module: str, spec: Event) -> Iterator[Event]:
+def events(
+    module: str, spec: Event, environment: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Event]:
     """Run a child and yield its events as they come.
 
     Args:
         module: The module to run, such as "portopt_torch.demo".
         spec: What it is to do; it finds this as JSON in ``sys.argv[1]``.
+        environment: What it finds in its environment beside what is in ours.
 
     Raises:
         WorkerError: the child ended with an error.
@@ -65,11 +69,11 @@ def events(module: str, spec: Event) -> Iterator[Event]:
     safe = ["-P"] if sys.version_info >= (3, 11) else []
     command = [sys.executable, *safe, "-m", module, json.dumps(spec)]
     path = os.pathsep.join(filter(None, sys.path))
-    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "PYTHONPATH": path}
+    own = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, **environment, "PYTHONPATH": path}
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=own
         ) as child,
     ):
         try:

@@ -67,4 +67,5 @@ def contenders(case: Case) -> list[Contender]:
 
 
 if __name__ == "__main__":
-    answer("keras", contenders, json.loads(sys.argv[1]))
+    spec = json.loads(sys.argv[1])
+    answer(spec["framework"], contenders, spec)

@@ -351,7 +351,7 @@ def dense(gradient: Any, variable: Any) -> Any:
     if keras.backend.backend() != "tensorflow":
         if not ops.is_tensor(gradient):
             gradient = ops.convert_to_tensor(gradient)
-        if tuple(gradient.shape) != tuple(variable.shape):
+        if gradient.shape != variable.shape:
             raise _misshapen(gradient, variable)
         return gradient
     import tensorflow as tf

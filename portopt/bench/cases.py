@@ -76,6 +76,7 @@ TITLES = {
     "numpy": "NumPy",
     "torch": "PyTorch",
     "keras": "Keras",
+    "keras-torch": "Keras on PyTorch",
     "jax": "JAX",
 }
 """How mixes and frameworks are called where people read it."""
@@ -178,11 +179,20 @@ class Case(NamedTuple):
         return sum(map(math.prod, self.shapes))
 
 
-FRAMEWORKS = {"numpy": "numpy", "torch": "torch", "keras": "keras", "jax": "optax"}
-"""What is timed, with the module that it needs."""
-MODULES = {"numpy": "portopt.bench", "jax": "portopt.bench"} | {
-    framework: f"{package}.bench" for framework, package in worker.FRAMEWORKS.items()
+FRAMEWORKS = {
+    "numpy": ("numpy",),
+    "torch": ("torch",),
+    "keras": ("keras",),
+    "keras-torch": ("keras", "torch"),
+    "jax": ("optax",),
 }
+"""What is timed, with the modules that it needs."""
+MODULES = {framework: "portopt.bench" for framework in ("numpy", "jax")} | {
+    framework: f"{worker.FRAMEWORKS[framework.partition('-')[0]]}.bench"
+    for framework in ("torch", "keras", "keras-torch")
+}
+ENVIRONMENT = {"keras-torch": {"KERAS_BACKEND": "torch"}}
+"""What a framework's child finds in its environment."""
 IMPORTS = {"portopt": "numpy", "portopt_torch": "torch", "portopt_tf": "keras"}
 """Our packages, each with what it stands on."""
 SINGLE = ("sgd", "momentum", "rmsprop", "rmsprop-centered", "adam", "amsgrad", "adamw", "lion")
@@ -198,6 +208,7 @@ DEFAULT: dict[str, dict[str, tuple[str, ...]]] = {
         "1000x32x32": (*SINGLE, TAIL),
     },
     "keras": {"16m": SINGLE, "resnet50": SINGLE, "1000x32x32": ("adamw",)},
+    "keras-torch": {"resnet50": SINGLE, "1000x32x32": ("sgd", "adamw")},
     "jax": {"16m": SINGLE, "resnet50": ("adamw",), "1000x32x32": ("adamw",)},
 }
 """The cases that are worth their time; others run when they are asked for."""

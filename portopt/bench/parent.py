@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from portopt import worker
-from portopt.bench.cases import IMPORTS, MODULES, OURS, Case
+from portopt.bench.cases import ENVIRONMENT, IMPORTS, MODULES, OURS, Case
 from portopt.bench.child import usable_cores
 from portopt.bench.results import Timing
 
@@ -27,7 +27,7 @@ def ask(
         WorkerError: the child failed.
     """
     spec = {"framework": framework, "cases": cases, "seconds": 0.5 if quick else 3.0}
-    for event in worker.events(MODULES[framework], spec):
+    for event in worker.events(MODULES[framework], spec, ENVIRONMENT.get(framework, {})):
         if "begin" in event:
             progress(Case(*event["begin"]))
         else:

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     timings: list[bench.Timing] = []
     firsts: list[dict[str, Any]] = []
     for framework, needed in bench.FRAMEWORKS.items():
-        absent = worker.missing(needed)
+        absent = next(filter(None, map(worker.missing, needed)), None)
         if absent is not None:
             print(f"{framework} is left out: {absent} is not installed")
             continue
