@@ -37,8 +37,8 @@ def lack(variables: Sequence[Any]) -> str | None:
 
 
 def can_step() -> bool:
-    """Whether memory may be written now: not where steps are traced, or are to change nothing."""
-    return not (torch.compiler.is_compiling() or in_stateless_scope())
+    """Whether memory may be written now: not where a step is to change nothing."""
+    return not in_stateless_scope()
 
 
 def threads() -> int:

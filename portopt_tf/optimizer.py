@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -229,7 +230,7 @@ class Optimizer(keras.optimizers.Optimizer):
             program = trace(rule)
             works.append(_Work(program, scalars_of(program, rule, self._numbers, t), places))
         can_be_launched = can_be_compiled or keras.backend.backend() == "torch"
-        if not (can_be_launched and self._launched(group, works, grads)):
+        if not (can_be_launched and _unseen(self._launched)(group, works, grads)):
             for program, scalars, places in works:
                 own_grads = [grads[place] for place in places]
                 own_variables = [trainable_variables[place] for place in places]
@@ -386,6 +387,13 @@ def _can_be_compiled(variables: list[Any]) -> bool:
     from portopt_tf import compiled
 
     return compiled.is_possible(variables)
+
+
+def _unseen(function: Any) -> Any:
+    """The function, into which PyTorch's compiler does not look, if that is here at all."""
+    if "torch._dynamo" not in sys.modules:
+        return function
+    return sys.modules["torch"].compiler.disable(function)
 
 
 def scalars_of(program: Program, rule: Rule, numbers: Mapping[str, Any], t: Any) -> dict[str, Any]:

@@ -133,6 +133,15 @@ def check_launches():
     with torch.no_grad():
         sgd.apply([torch.ones(1)], [weight])
     assert weight.value.dtype == torch.float64 and weight.numpy() == 1.0 and launches == [1]
+
+    made, adam = variables(), twins("Adam", learning_rate=0.25)[1]
+    adam.build(made)
+    apply = torch.compile(adam.apply, backend="eager")
+    launches.clear()
+    steps(adam, made, lambda _, grads, made: apply(grads, made))
+    for one, other in zip(arrays(made), expected, strict=True):
+        assert_agree(one, other, "same")
+    assert launches == [3] * 6  # the compiler has not looked into them
     cpu.Step.run = run
 
 
