@@ -10,7 +10,9 @@ from keras_runs import EACH, SHAPES, arrays, assert_variables, case, fit, small_
 from support import assert_agree, gradients, weights
 
 import portopt
-from portopt import rules
+import portopt_tf
+from portopt import parity, rules
+from portopt.trace import trace
 
 backend = keras.backend.backend()
 
@@ -83,14 +85,17 @@ def check_launches():
 
     launches, run = [], cpu.Step.run
     cpu.Step.run = lambda self, *args: launches.append(len(self.table)) or run(self, *args)
-    _, adam = twins("Adam", learning_rate=0.25)
-    made = variables()
-    places = [v.value.data_ptr() for v in made]
-    actual = arrays(steps(adam, made, eager))
-    assert [v.value.data_ptr() for v in made] == places and launches == [3] * 6
-    expected = in_numpy(rules.Adam(lr=0.25, eps=1e-7, eps_form="hat"), "float32")
-    for one, other in zip(actual, expected, strict=True):
-        assert_agree(one, other, "same")
+    compared = [c for c in parity.CASES if c.keras and trace(c.rule).elementwise]
+    for compare in compared:
+        name, arguments = compare.keras
+        made, ours = variables(), getattr(portopt_tf, name)(**arguments)
+        places = [v.value.data_ptr() for v in made]
+        launches.clear()
+        actual = arrays(steps(ours, made, eager))
+        assert [v.value.data_ptr() for v in made] == places and launches == [3] * 6
+        for one, other in zip(actual, in_numpy(compare.rule, "float32"), strict=True):
+            assert_agree(one, other, "same", what=name)
+    assert len(compared) > 20
 
     def variable(array):
         parameter = torch.nn.Parameter(array)
@@ -135,6 +140,7 @@ def check_launches():
     assert weight.value.dtype == torch.float64 and weight.numpy() == 1.0 and launches == [1]
 
     made, adam = variables(), twins("Adam", learning_rate=0.25)[1]
+    expected = in_numpy(rules.Adam(lr=0.25, eps=1e-7, eps_form="hat"), "float32")
     adam.build(made)
     apply = torch.compile(adam.apply, backend="eager")
     launches.clear()

@@ -218,6 +218,16 @@ def test_values_assigned_between_steps_are_seen(launches):
 # What no kernel takes
 
 
+def test_variables_that_are_copied_when_read(launches):
+    """TensorFlow does so from the first update of single elements on."""
+    variable, ours = tf.Variable(tf.zeros([100])), portopt_tf.SGD(0.5)
+    variable.scatter_nd_update([[0]], [1.0])
+    for step in (1, 2):
+        ours.apply([tf.ones([100])], [variable])
+        assert_agree(variable.numpy(), [1 - step / 2, *[-step / 2] * 99], "same")
+    assert launches == []
+
+
 def test_empty_variables_are_left_alone(launches):
     variables = [tf.Variable(tf.zeros([0, 3])), tf.Variable([1.0])]
     portopt_tf.Adam(0.5).apply([tf.zeros([0, 3]), tf.ones([1])], variables)
