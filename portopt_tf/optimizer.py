@@ -382,7 +382,7 @@ def path_of(variable: Any) -> str:
 
 
 def _can_be_compiled(variables: list[Any]) -> bool:
-    if keras.backend.backend() != "tensorflow":
+    if keras.backend.backend() != "tensorflow" or len({*map(id, variables)}) < len(variables):
         return False
     from portopt_tf import compiled
 

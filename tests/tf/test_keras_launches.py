@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_runs import EACH, apply_steps, arrays, case, raw_variables
+from keras_runs import EACH, apply_steps, arrays, case, raw_variables, twins
 from support import assert_agree, gradients
 
 import portopt_tf
@@ -275,7 +275,27 @@ def test_gradients_that_come_and_go(launches):
     assert launches == [3, 1, 3, 2]
 
 
-# Threads and interrupts
+def test_a_variable_given_twice_is_updated_twice(launches):
+    """As by the native, one after the other."""
+    results = []
+    for each in twins("Adam", learning_rate=0.5):
+        variable = tf.Variable([1.0, 2.0])
+        for _ in range(2):
+            each.apply([tf.ones([2]), tf.constant([1.0, -3.0])], [variable, variable])
+        results.append(variable.numpy())
+    assert_agree(results[1], results[0], "float32")
+    assert launches == []
+
+
+def test_gradients_of_another_dtype(launches):
+    ours, variable = portopt_tf.SGD(0.5), tf.Variable(tf.zeros([10]))
+    for step, dtype in enumerate(("float16", "bfloat16", "float32", "float16"), 1):
+        ours.apply([tf.ones([10], dtype)], [variable])
+        assert (variable.numpy() == -step / 2).all()
+    assert launches == [1] * 4
+
+
+# Threads
 
 
 def test_two_threads_at_once(launches):
