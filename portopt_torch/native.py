@@ -37,15 +37,15 @@ def layouts() -> Loop | None:
     places = _places()
     if places is None or None in functions or not compiler.available():
         return None
-    asks = [ask(name, place) for place, name in enumerate((*KIND, *_REST))]
+    asks = [_ask(name, place) for place, name in enumerate((*KIND, *_REST))]
     text = _COMPARE + _LAYOUTS.format(
         n_answers=len(asks),
         n_bytes=8 * len(asks),
         n_kind=len(KIND),
         at=places.tensor,
-        fetch=fetch("object", 24, [places.tensor])
-        + fetch("tensor", 16, [0, 64, 128, 192], through=[places.tensor])
-        + fetch("storage", 8, [0], through=[places.tensor, _STORAGE]),
+        fetch=_fetch("object", 24, [places.tensor])
+        + _fetch("tensor", 16, [0, 64, 128, 192], through=[places.tensor])
+        + _fetch("storage", 8, [0], through=[places.tensor, _STORAGE]),
         ask_kind="".join(asks[: len(KIND)]),
         ask_rest="".join(asks[len(KIND) :]),
     )
@@ -69,11 +69,11 @@ def gradients() -> Loop | None:
     text = _GRADIENTS.format(
         at=places.tensor,
         type_at=places.type,
-        fetch=fetch("object", 24, [places.tensor])
-        + fetch("tensor", 16, [0, 64, 128, 192], through=[places.tensor])
-        + fetch("meta", 8, [0, 64], through=[places.tensor, _META])
-        + fetch("dict", 24, [0, 32], objects="states")
-        + fetch("keys", 16, [0, 64, 128], through=[_KEYS], objects="states"),
+        fetch=_fetch("object", 24, [places.tensor])
+        + _fetch("tensor", 16, [0, 64, 128, 192], through=[places.tensor])
+        + _fetch("meta", 8, [0, 64], through=[places.tensor, _META])
+        + _fetch("dict", 24, [0, 32], objects="states")
+        + _fetch("keys", 16, [0, 64, 128], through=[_KEYS], objects="states"),
     )
     names = ("PyObject_GetAttr", "PyDict_GetItemWithError", "Py_DecRef")
     functions = [getattr(ctypes.pythonapi, name) for name in names]
@@ -107,7 +107,7 @@ def _places() -> _Places | None:
     return None if own_type is None or tensor is None else _Places(own_type, tensor)
 
 
-def fetch(
+def _fetch(
     name: str,
     ahead: int,
     lines: Sequence[int],
@@ -140,7 +140,7 @@ def fetch(
     return "\n".join([*text(), ""])
 
 
-def ask(name: str, place: int) -> str:
+def _ask(name: str, place: int) -> str:
     """Lines that have the function at that place answer for ``%tensor``."""
     return f"""\
 %{name}.function.at = getelementptr ptr, ptr %functions, i64 {place}
