@@ -81,6 +81,7 @@ class Plan:
             return False
         found = [batch.find(grads) for batch in self._batches]  # alive while it is worked on
         if None in found:
+            _warn("a variable or a gradient is not in memory of its own", stacklevel=7)
             return False
         for batch, (_, values) in zip(self._batches, found, strict=True):
             batch.step.run([scalars[batch.work]], batch.which, self._memory.threads())
@@ -134,10 +135,10 @@ def _is_possible(memory: Any, members: Sequence[Member]) -> bool:
     if not any(reasons):
         reasons.append(memory.lack(kept))
     for why in filter(None, reasons):
-        _warn(why)
+        _warn(why, stacklevel=8)
     return not any(reasons)
 
 
 @cache
-def _warn(why: str) -> None:
-    warnings.warn(f"portopt_tf steps without a kernel, slowly: {why}", stacklevel=8)
+def _warn(why: str, stacklevel: int) -> None:
+    warnings.warn(f"portopt_tf steps without a kernel, slowly: {why}", stacklevel=stacklevel)

@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import keras
@@ -100,6 +101,25 @@ def apply_steps(optimizer, variables, steps=6, mode="eager", seed=0, change=None
         grads = [(np.where(np.abs(g) < np.finfo("float32").tiny, 0, g), v) for g, v in pairs]
         apply([tf.constant(grad, variable.dtype) for grad, variable in grads])
     return variables
+
+
+def train_in_two_threads(steps):
+    """What two threads make at once, each of its own; beside what each makes alone."""
+
+    def run(results, place):
+        ours = portopt_tf.RMSprop(0.125, momentum=0.5 + place / 8)
+        made = apply_steps(ours, raw_variables("float32"), steps=steps, seed=place)
+        results[place] = [*arrays(made), *arrays(ours.variables)]
+
+    together, alone = {}, {}
+    threads = [threading.Thread(target=run, args=(together, place)) for place in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for place in range(2):
+        run(alone, place)
+    return [pair for place in range(2) for pair in zip(together[place], alone[place], strict=True)]
 
 
 def small_model(**kwargs):

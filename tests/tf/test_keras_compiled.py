@@ -1,13 +1,12 @@
 """Updates on TensorFlow run as few compiled calls where no kernel can, and give NumPy's bits."""
 
 import itertools
-import threading
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_runs import EACH, MODES, apply_steps, arrays, case, raw_variables
+from keras_runs import EACH, MODES, apply_steps, arrays, case, raw_variables, train_in_two_threads
 from support import assert_agree, gradients, weights
 
 import portopt_tf
@@ -187,21 +186,8 @@ def test_a_scalar_that_is_no_number_changes_nothing():
 
 
 def test_two_threads_at_once(limit):
-    def run(results, place):
-        ours = portopt_tf.RMSprop(0.125, momentum=0.5 + place / 8)
-        made = apply_steps(ours, raw_variables("float32"), steps=40, seed=place)
-        results[place] = [*arrays(made), *arrays(ours.variables)]
-
-    together, alone = {}, {}
-    threads = [threading.Thread(target=run, args=(together, place)) for place in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for place in range(2):
-        run(alone, place)
-        for actual, expected in zip(together[place], alone[place], strict=True):
-            assert_agree(normal(actual), normal(expected), "same")
+    for actual, expected in train_in_two_threads(steps=40):
+        assert_agree(normal(actual), normal(expected), "same")
 
 
 def test_overwritten_variables_take_their_gradient(limit):
