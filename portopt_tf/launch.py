@@ -42,10 +42,18 @@ class Member(NamedTuple):
         return tuple(keras.backend.standardize_dtype(array.dtype) for array in arrays)
 
 
+def _memory() -> Any:
+    """What finds the memory, on TensorFlow or PyTorch."""
+    return import_module(f"portopt_tf.memory_{keras.backend.backend()}")
+
+
+def can_step() -> bool:
+    """Whether memory may be looked at, and written to, now; only then is a plan made and run."""
+    return bool(_memory().can_step())
+
+
 class Plan:
     """The launches of a step, which serve for the next steps on the same variables.
-
-    Keras runs on TensorFlow or PyTorch: ``memory_tensorflow`` or ``memory_torch`` finds the memory.
 
     Args:
         members: The parameters.
@@ -55,7 +63,7 @@ class Plan:
         self._programs = {member.work: member.program for member in members}
         dtypes = {member.place: member.arrays["grad"].dtype for member in members}
         self._grad_dtypes = [dtypes[place] for place in range(len(members))]
-        self._memory = import_module(f"portopt_tf.memory_{keras.backend.backend()}")
+        self._memory = _memory()
         self._is_possible = _is_possible(self._memory, members)
         alike: dict[tuple[int, tuple[str, ...]], list[Member]] = {}
         for member in members if self._is_possible else ():
@@ -77,7 +85,7 @@ class Plan:
             scalars: For each program, what its ``scalars`` returned.
             grads: The gradients, in the order of the places.
         """
-        if not (self._is_possible and self._memory.can_step()):
+        if not self._is_possible:
             return False
         found = [batch.find(grads) for batch in self._batches]  # alive while it is worked on
         if None in found:

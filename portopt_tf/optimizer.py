@@ -259,6 +259,8 @@ class Optimizer(keras.optimizers.Optimizer):
             return False
         from portopt_tf import launch
 
+        if not launch.can_step():
+            return False
         programs = [work.program for work in works]
         if group.plan is None or not group.plan.fits(programs, grads):
             group.plan = launch.Plan(

@@ -257,6 +257,7 @@ def test_a_variable_that_became_smaller_is_refused(launches):
     assert launches == [1]
 
 
+@pytest.mark.usefixtures("fresh")  # nor is anything found out meanwhile
 def test_asynchronous_steps_are_compiled(launches):
     variable, ours = tf.Variable(tf.ones([10])), portopt_tf.SGD(0.5)
     tf.config.experimental.set_synchronous_execution(False)
