@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portopt.arrays import STORAGE_DTYPES, Namespace, compute_dtype
+from portopt.kernels import slow
 from portopt.program import Program
 from portopt.rules import Around, Rule
 from portopt.rules.around import initial
@@ -371,7 +371,7 @@ def _takes(arrays: Sequence[NDArray]) -> bool:
     """Whether a kernel takes the arrays, the parameter first; why not is said once."""
     why = _refusal(arrays)
     if why is not None:
-        _warn(why)
+        slow.warn("portopt.Optimizer", why)
     return why is None
 
 
@@ -400,11 +400,6 @@ def _strides(array: NDArray) -> list[int]:
     return [
         n // array.itemsize for n, size in zip(array.strides, array.shape, strict=True) if size > 1
     ]
-
-
-@cache
-def _warn(why: str) -> None:
-    warnings.warn(f"portopt.Optimizer steps without a kernel, slowly: {why}", stacklevel=5)
 
 
 def _address(array: NDArray) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
 from importlib import import_module
 from itertools import chain
 from typing import Any, NamedTuple
@@ -13,7 +11,7 @@ import keras
 import numpy as np
 
 from portopt.arrays import STORAGE_DTYPES
-from portopt.kernels import cpu
+from portopt.kernels import cpu, slow
 from portopt.program import Program
 
 
@@ -89,7 +87,7 @@ class Plan:
             return False
         found = [batch.find(grads) for batch in self._batches]  # alive while it is worked on
         if None in found:
-            _warn("a variable or a gradient is not in memory of its own", stacklevel=7)
+            slow.warn("portopt_tf", "a variable or a gradient is not in memory of its own")
             return False
         for batch, (_, values) in zip(self._batches, found, strict=True):
             batch.step.run([scalars[batch.work]], batch.which, self._memory.threads())
@@ -143,10 +141,5 @@ def _is_possible(memory: Any, members: Sequence[Member]) -> bool:
     if not any(reasons):
         reasons.append(memory.lack(kept))
     for why in filter(None, reasons):
-        _warn(why, stacklevel=8)
+        slow.warn("portopt_tf", why)
     return not any(reasons)
-
-
-@cache
-def _warn(why: str, stacklevel: int) -> None:
-    warnings.warn(f"portopt_tf steps without a kernel, slowly: {why}", stacklevel=stacklevel)

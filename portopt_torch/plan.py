@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from portopt.kernels import cpu
+from portopt.kernels import cpu, slow
 from portopt.program import Program
 from portopt.rules import Around, Rule
 from portopt.rules.around import AVERAGE, initial
@@ -353,7 +351,7 @@ def _way(
     if fused:
         raise RuntimeError(f"`fused=True` is not possible: {why}")
     if program.elementwise:
-        _warn(why)
+        slow.warn("portopt_torch", why)
     return other
 
 
@@ -408,13 +406,3 @@ def _refusal(tensors: Sequence[Tensor], counts: Sequence[Tensor]) -> str | None:
     if param.is_cuda:
         return cuda.refusal(storage(tensors))
     return cpu.refusal(storage(tensors))
-
-
-@cache
-def _warn(why: str) -> None:
-    """Say once that steps are slow, and why, at the line that calls for the step."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("portopt_torch", "torch"):
-        level, frame = level + 1, frame.f_back
-    text = f"portopt_torch updates parameters without a kernel, slowly: {why}"
-    warnings.warn(text, stacklevel=level)

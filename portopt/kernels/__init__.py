@@ -1,6 +1,6 @@
 """Kernels: a traced program as one pass over raw memory, all tensors in one launch.
 
 `llvm` prints a program as LLVM assembly, `compiler` makes machine code of it and keeps that on
-disk, and `cpu` launches it on addresses. `triton` is the same for CUDA. Nothing here knows a
-framework.
+disk, and `cpu` launches it on addresses. `triton` is the same for CUDA, and `slow` says why a step
+goes without. Nothing here knows a framework.
 """

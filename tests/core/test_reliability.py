@@ -15,7 +15,7 @@ from support import gradients, weights
 
 import portopt.optimizer
 from portopt import Around, Optimizer, trace
-from portopt.kernels import compiler, cpu
+from portopt.kernels import compiler, cpu, slow
 from portopt.rules import SGD, Adam
 
 pytest.importorskip("llvmlite")
@@ -39,10 +39,10 @@ def launches(monkeypatch):
 @pytest.fixture
 def fresh():
     """What is said once has not been said yet."""
-    for function in (portopt.optimizer._warn, cpu.refusal):
+    for function in (slow.warn, cpu.refusal):
         function.cache_clear()
     yield
-    for function in (portopt.optimizer._warn, cpu.refusal):
+    for function in (slow.warn, cpu.refusal):
         function.cache_clear()
 
 

@@ -11,10 +11,10 @@ from keras_runs import EACH, apply_steps, arrays, case, raw_variables, train_in_
 from support import assert_agree, gradients
 
 import portopt_tf
-from portopt.kernels import compiler, cpu
+from portopt.kernels import compiler, cpu, slow
 from portopt.trace import trace
-from portopt_tf import launch, optimizer
 from portopt_tf import memory_tensorflow as memory
+from portopt_tf import optimizer
 
 SLOW = "portopt_tf steps without a kernel, slowly: "
 
@@ -35,7 +35,7 @@ def launches(monkeypatch):
 @pytest.fixture
 def fresh():
     """What is found out once, and said once, has not been yet."""
-    cached = launch._warn, cpu.refusal, memory._place
+    cached = slow.warn, cpu.refusal, memory._place
     for function in cached:
         function.cache_clear()
     yield
@@ -222,8 +222,10 @@ NOT_ITS_OWN = "a variable or a gradient is not in memory of its own"
 
 
 @pytest.mark.usefixtures("fresh")
-def test_variables_that_are_copied_when_read(launches):
+@pytest.mark.parametrize("beside", ["tensorflow", "torch._dynamo"])  # which stands between
+def test_variables_that_are_copied_when_read(beside, launches):
     """TensorFlow does so from the first update of single elements on."""
+    pytest.importorskip(beside)
     variable, ours = tf.Variable(tf.zeros([100])), portopt_tf.SGD(0.5)
     variable.scatter_nd_update([[0]], [1.0])
     with pytest.warns(UserWarning, match=SLOW + NOT_ITS_OWN) as said:

@@ -180,7 +180,7 @@ def test_a_norm_that_is_not_finite(bad, way):
     assert_params_agree(*ends)
 
 
-@pytest.mark.filterwarnings("ignore:portopt_torch updates parameters .* slowly")
+@pytest.mark.filterwarnings("ignore:portopt_torch steps .* slowly")
 def test_one_norm_for_all_kinds_of_parameters():
     def params():
         tensors = make_params([(67,)], torch.float64) + make_params([(3, 5), (70_000,)])

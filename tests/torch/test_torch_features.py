@@ -251,7 +251,7 @@ def strided():
     return [transposed, torch.nn.Parameter(image), sliced]
 
 
-@pytest.mark.filterwarnings("ignore:portopt_torch updates parameters without a kernel")
+@pytest.mark.filterwarnings("ignore:portopt_torch steps without a kernel")
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=IDS)
 def test_parameters_that_are_not_contiguous(name, options):
     optimizers = twins(name, strided, **options)

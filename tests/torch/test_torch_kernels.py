@@ -37,8 +37,8 @@ from twins import (
 )
 
 from portopt import trace
-from portopt.kernels import compiler, cpu
-from portopt_torch import from_rule, plan
+from portopt.kernels import compiler, cpu, slow
+from portopt_torch import from_rule
 
 pytest.importorskip("llvmlite", reason="kernels are compiled by llvmlite")
 
@@ -48,7 +48,7 @@ SOME = [*{type(rule): rule for rule in sorted(RULES, key=lambda rule: len(rule.s
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SHAPES = [(3, 5), (), (1, 5), (0,), (67,)]  # 67: whole cache lines and a rest, in every dtype
 GRADS = make_grads(SHAPES, 5)
-SLOW = "ignore:portopt_torch updates parameters .* slowly"
+SLOW = "ignore:portopt_torch steps .* slowly"
 
 
 @pytest.fixture
@@ -67,9 +67,9 @@ def launches(monkeypatch):
 @pytest.fixture
 def unwarned():
     """As if no warning had been given yet."""
-    plan._warn.cache_clear()
+    slow.warn.cache_clear()
     yield
-    plan._warn.cache_clear()
+    slow.warn.cache_clear()
 
 
 def child(code):
