@@ -6,23 +6,18 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import cache
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from portopt.arrays import STORAGE_DTYPES, Namespace, compute_dtype
-from portopt.kernels import slow
+from portopt.plan import Member, Name, NDArray, Plan, state_of
 from portopt.program import Program
 from portopt.rules import Around, Rule
-from portopt.rules.around import initial
-from portopt.rules.base import PARAM, Slots
+from portopt.rules.base import Slots
 from portopt.trace import specialized, trace
 
-NDArray: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = "Sequence[NDArray] | Mapping[str, NDArray]"
-Name: TypeAlias = "int | str"
 
 
 class Optimizer:
@@ -74,6 +69,7 @@ class Optimizer:
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[Name, dict[str, Any]] = {}
         self.training = True
+        self._plan: Plan | None = None
         groups: Any = params
         if not (isinstance(params, Sequence) and params and isinstance(params[0], Mapping)):
             groups = [{"params": params}]
@@ -125,41 +121,54 @@ class Optimizer:
 
         Raises:
             TypeError, ValueError: a gradient is missing, unknown, or of another shape or dtype, or
-                a group's hyperparameter is not allowed, or the rule cannot be traced; nothing is
-                changed then.
+                a parameter has become read-only, or its state does not fit it, or a group's
+                hyperparameter is not allowed, or the rule cannot be traced; nothing is changed
+                then.
             RuntimeError: after `eval`, for a rule that has other weights then.
         """
         self._check_training()
-        checked = self._checked_grads(grads)
-        rules = [self._rule(_hyper(group)) for group in self.param_groups]
+        each = self._in_order(grads)
+        groups = self.param_groups
+        rules = [self._rule(_hyper(group)) for group in groups]
+        programs = [trace(rule, self.around) for rule in rules]
+        plan = self._plan
+        if plan is None or not plan.fits(groups, programs, self.state, each):
+            self._check_grads(each)
+            plan = Plan(groups, programs, self._members(rules, programs, each))
         values = vars(self.around)
         if self.around.needs_norm:
-            values = values | {"grad_norm": _norm([g for g in checked.values() if g is not None])}
+            values = values | {"grad_norm": plan.grad_norm()}
             if self.around.skip_nonfinite and not math.isfinite(values["grad_norm"]):
-                for grad in checked.values() if self.around.zero_grad else ():
+                for grad in each if self.around.zero_grad else ():
                     if grad is not None:
                         grad[...] = 0.0
                 return
-        work = []
-        for rule, group in zip(rules, self.param_groups, strict=True):
-            program, fixed = trace(rule, self.around), values | vars(rule)
-            known: dict[tuple[Any, ...], dict[str, Any]] = {}
-            for name, param in group["params"].items():
-                if checked[name] is not None:
-                    mine = specialized(program, rule, self.around, param.shape)
-                    state = _state(self.state.get(name, {}), rule, mine, param)
-                    state["step"] += 1
-                    own = {number: state[number] for number in mine.numbers}
-                    key = (id(mine), state["step"], *own.values())
-                    if key not in known:  # once for all parameters that share it
-                        known[key] = mine.scalars(fixed | own, state["step"])
-                    state |= _rounded(mine.kept(known[key]), param)
-                    arrays = {"param": param, "grad": checked[name], **state}
-                    operands = tuple(arrays[operand] for operand in mine.operands)
-                    work.append(_Work(name, mine, known[key], operands, state))
-        for item in work:
-            self.state[item.name] = item.state
-        _run(work)
+        plan.prepare([values | vars(rule) for rule in rules])
+        self._plan = plan if plan.lasts else None
+        plan.run(self.state)
+
+    def _members(
+        self, rules: Sequence[Rule], programs: Sequence[Program], grads: Sequence[NDArray | None]
+    ) -> list[Member]:
+        """The parameters that have a gradient, with states for the step."""
+        listed = [
+            (g, name, param)
+            for g, group in enumerate(self.param_groups)
+            for name, param in group["params"].items()
+        ]
+        members = []
+        for place, ((g, name, param), grad) in enumerate(zip(listed, grads, strict=True)):
+            if grad is not None:
+                program = specialized(programs[g], rules[g], self.around, param.shape)
+                state = state_of(self.state.get(name, {}), rules[g], program, param)
+                _check_state(name, state, rules[g], self.around, param)
+                arrays = param, grad, *(state[slot] for slot in program.slots)
+                members.append(Member(place, g, program, state, arrays))
+        return members
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle keeps."""
+        return {**vars(self), "_plan": None}
 
     def eval(self) -> None:
         """Put the weights to evaluate the model with in the place of those to train.
@@ -206,7 +215,7 @@ class Optimizer:
             for name, param in group["params"].items():
                 if name in self.state:
                     program = trace(rule, self.around, param.shape)
-                    state[name] = _copy(_state(self.state[name], rule, program, param))
+                    state[name] = _copy(state_of(self.state[name], rule, program, param))
         groups = [{**_hyper(group), "params": list(group["params"])} for group in self.param_groups]
         return {"state": state, "param_groups": groups}
 
@@ -252,27 +261,31 @@ class Optimizer:
         return {k: array for group in self.param_groups for k, array in group["params"].items()}
 
     def _rule(self, hyper: Mapping[str, Any]) -> Rule:
-        unknown = [key for key in hyper if key not in _values(self.rule)]
+        known = _values(self.rule)
+        unknown = [key for key in hyper if key not in known]
         if unknown:
             raise TypeError(
                 f"unknown hyperparameter {unknown[0]!r}: {type(self.rule).__name__} has "
-                f"{', '.join(_values(self.rule))}"
+                f"{', '.join(known)}"
             )
         return replace(self.rule, **hyper)
 
-    def _checked_grads(self, grads: Any) -> dict[Name, Any]:
-        arrays = self._arrays()
+    def _in_order(self, grads: Any) -> list[Any]:
+        """The gradients in the order of their parameters."""
         if isinstance(grads, np.ndarray) or not isinstance(grads, Mapping | Sequence):
             raise TypeError(f"grads must be a sequence or a dict, got {type(grads).__name__}")
-        named = dict(grads) if isinstance(grads, Mapping) else dict(enumerate(grads))
-        if set(named) != set(arrays):
-            raise ValueError(f"grads must be for {list(arrays)}, got {list(named)}")
-        for name, grad in named.items():
+        names = [name for group in self.param_groups for name in group["params"]]
+        given = [*grads] if isinstance(grads, Mapping) else [*range(len(grads))]
+        if names != given and {*names} != {*given}:
+            raise ValueError(f"grads must be for {names}, got {given}")
+        return [grads[name] for name in names]
+
+    def _check_grads(self, grads: Sequence[Any]) -> None:
+        for (name, param), grad in zip(self._arrays().items(), grads, strict=True):
             if grad is None:
                 continue
             if not isinstance(grad, np.ndarray):
                 raise TypeError(f"grads[{name!r}] must be a NumPy array, got {grad!r}")
-            param = arrays[name]
             if (grad.shape, grad.dtype) != (param.shape, param.dtype):
                 raise ValueError(
                     f"grads[{name!r}] must have shape {param.shape} and dtype {param.dtype} like "
@@ -280,130 +293,7 @@ class Optimizer:
                 )
             if self.around.zero_grad and not grad.flags.writeable:
                 raise ValueError(f"grads[{name!r}] must be writable for zero_grad, is read-only")
-        return named
-
-
-class _Work(NamedTuple):
-    """One parameter's part of a step."""
-
-    name: Name
-    program: Program
-    scalars: dict[str, Any]
-    operands: tuple[NDArray, ...]
-    state: dict[str, Any]
-
-
-def _state(
-    entries: Mapping[str, Any], rule: Rule, program: Program, param: NDArray
-) -> dict[str, Any]:
-    """A parameter's state with just the slots that the program has now."""
-    shapes = rule.slot_shapes(param.shape)
-
-    def begin(slot: str) -> NDArray:
-        value, shape = initial(rule, slot), shapes.get(slot, param.shape)
-        return np.full_like(param, param if value is PARAM else value, subok=False, shape=shape)
-
-    slots = {slot: entries[slot] if slot in entries else begin(slot) for slot in program.slots}
-    first = {name: rule.initial(name) for name in program.numbers if name not in entries}
-    kept = {name: entries[name] for name in program.numbers if name in entries}
-    return {"step": entries.get("step", 0), **kept, **_rounded(first, param), **slots}
-
-
-def _rounded(numbers: Mapping[str, float], param: NDArray) -> dict[str, float]:
-    """A rule's numbers as frameworks keep them: in float32, if the parameter is no float64."""
-    kind = np.float64 if param.dtype == np.float64 else np.float32
-    return {name: float(kind(value)) for name, value in numbers.items()}
-
-
-def _run(work: list[_Work]) -> None:
-    """Run the programs: as kernels on arrays that lie alike in memory, else one by one."""
-    from portopt.kernels import cpu  # here, as `import portopt` is to be quick
-
-    alike: dict[tuple[Program, tuple[str, ...]], list[_Work]] = {}
-    for item in work:
-        if item.program.elementwise and _takes(item.operands):
-            storage = tuple(_dtype_name(array.dtype) for array in item.operands)
-            alike.setdefault((item.program, storage), []).append(item)
-        else:
-            _run_plain(item)
-    for (program, storage), items in alike.items():
-        scalars = list({id(item.scalars): item.scalars for item in items}.values())
-        places = {id(row): place for place, row in enumerate(scalars)}
-        step = cpu.Step(
-            program,
-            storage,
-            [[_address(array) for array in item.operands] for item in items],
-            [item.operands[0].size for item in items],
-        )
-        step.run(scalars, [places[id(item.scalars)] for item in items], cpu.threads())
-
-
-def _run_plain(item: _Work) -> None:
-    stored = dict(zip(item.program.operands, item.operands, strict=True))
-    dtype = np.dtype(compute_dtype(stored["param"].dtype.name))
-    # Plain arrays: a subclass may mean something else by an operator, as np.matrix does by *.
-    arrays = {key: x.astype(dtype, copy=False, subok=False) for key, x in stored.items()}
-    with np.errstate(all="ignore"):  # NaN and Inf propagate, as in every framework
-        new = item.program.run(cast(Namespace, np), item.scalars, arrays)
-        for key, value in new.items():
-            stored[key][...] = value
-
-
-def _norm(grads: list[NDArray]) -> float:
-    """The 2-norm of all gradients together."""
-    from portopt.kernels import cpu
-
-    totals: list[float] = []
-    alike: dict[str, list[NDArray]] = {}
-    for grad in grads:
-        if _takes([grad]):
-            alike.setdefault(grad.dtype.name, []).append(grad)
-        else:
-            with np.errstate(all="ignore"):
-                totals.append(float(np.square(grad, dtype=np.float64).sum()))
-    for dtype, some in alike.items():
-        square_sum = cpu.SquareSum(dtype, [*map(_address, some)], [grad.size for grad in some])
-        totals.append(square_sum.run(cpu.threads()))
-    return math.sqrt(math.fsum(totals))  # in whatever order the gradients come
-
-
-def _takes(arrays: Sequence[NDArray]) -> bool:
-    """Whether a kernel takes the arrays, the parameter first; why not is said once."""
-    why = _refusal(arrays)
-    if why is not None:
-        slow.warn("portopt.Optimizer", why)
-    return why is None
-
-
-def _refusal(arrays: Sequence[NDArray]) -> str | None:
-    from portopt.kernels import cpu
-
-    first = arrays[0]
-    if not all(array.flags.aligned and array.dtype.isnative for array in arrays):
-        return "an array is not aligned, or of another byte order than this processor's"
-    if first.size and not all(array.flags.c_contiguous for array in arrays):
-        if not cpu.is_dense([size for size in first.shape if size > 1], _strides(first)):
-            return "an array has gaps in its memory, or goes through it backwards"
-        if any(_strides(array) != _strides(first) for array in arrays):
-            return "a gradient or slot lies otherwise in memory than its parameter"
-    return cpu.refusal(tuple(_dtype_name(array.dtype) for array in arrays))
-
-
-@cache
-def _dtype_name(dtype: np.dtype[Any]) -> str:
-    """Its name, which NumPy forms anew each time, slowly."""
-    return str(dtype.name)
-
-
-def _strides(array: NDArray) -> list[int]:
-    """In elements; a dimension of one element has none."""
-    return [
-        n // array.itemsize for n, size in zip(array.strides, array.shape, strict=True) if size > 1
-    ]
-
-
-def _address(array: NDArray) -> int:
-    return int(array.__array_interface__["data"][0])
+            _check_param(name, param)
 
 
 def _values(rule: Rule) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from portopt.kernels import cpu
+from portopt.kernels.layout import array
 from portopt.program import Program
 from portopt_torch import cuda
-from portopt_torch.layout import Holdings, Layout, array
+from portopt_torch.layout import Holdings, of_tensors
 from portopt_torch.plain import Member, as_scalar, host
 
 STORAGE = {
@@ -53,11 +54,11 @@ class Batch:
         self.present = present.tolist()
         slots = [state[slot] for slot in program.slots for state in self.states]
         self.kept = array([*self.params, *slots])
-        self.kept_layout = Layout(self.kept, moves=False)
+        self.kept_layout = of_tensors(self.kept, moves=False)
         # While these live, nothing else can come to lie at those addresses.
         self.storages = [tensor.untyped_storage() for tensor in self.kept]
         grads = [gradient(param) for param in self.params]
-        self.layout = Layout(array(grads), moves=True)
+        self.layout = of_tensors(array(grads), moves=True)
         self.is_complex = any(map(Tensor.is_complex, grads))
         sizes = [grad.numel() * (1 + grad.is_complex()) for grad in grads]
         columns = np.reshape(self.kept_layout.addresses, (-1, len(members)))

@@ -12,68 +12,51 @@ from operator import is_, itemgetter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
+from portopt.kernels.layout import Layout, Objects, array
 from portopt_torch import native
-
-Objects = npt.NDArray[np.object_]
-"""An array of Python objects, which stand side by side in it, as a native loop wants them."""
-
-
-def array(objects: Sequence[Any]) -> Objects:
-    """Objects as a one-dimensional array."""
-    return np.fromiter(objects, object, len(objects))
-
 
 _GRAD = "grad"
 
 
-class Layout:
+def of_tensors(tensors: Objects, *, moves: bool) -> Layout | Asked:
     """The devices, dtypes, shapes and strides of tensors.
 
     Args:
         tensors: Those whose layout it is, all of them `Tensor` or `torch.nn.Parameter` themselves.
         moves: Whether they may lie elsewhere later on, and be others. What stays at its address
             can be trusted to have its dtype and size.
-
-    Attributes:
-        addresses: Where they begin; of those that move, where the last ones did that fitted.
     """
+    loop = native.layouts()
+    if loop is None:
+        return Asked(tensors, moves=moves)
+    words = sum(len(native.KIND) + 2 * tensor.dim() for tensor in tensors)
+    return Layout(loop, tensors, words, moves=moves)
+
+
+class Asked:
+    """A `Layout` without a loop."""
 
     def __init__(self, tensors: Objects, *, moves: bool) -> None:
-        self.moves = moves
-        self.addresses = np.empty(len(tensors), np.uint64)
-        self.loop = native.layouts()
-        if self.loop is None:
-            self.addresses[:], self.known = self._ask(tensors)
-        else:
-            words = sum(len(native.KIND) + 2 * tensor.dim() for tensor in tensors)
-            self.known = np.empty(words, np.int64)
-            self._at = self.addresses.ctypes.data, self.known.ctypes.data, len(tensors)
-            self._look(tensors, learn=True)
+        self._moves = moves
+        self.addresses, self._known = self._ask(tensors)
 
     def fits(self, tensors: Objects) -> bool:
-        """Whether these tensors lie as those did, and in the same place unless they move."""
-        if self.loop is not None:
-            return self._look(tensors, learn=False)
+        """As `Layout.fits`."""
         try:
             addresses, found = self._ask(tensors)
         except RuntimeError:  # one has no address, as a sparse one
             return False
-        if found != self.known or not (self.moves or np.array_equal(addresses, self.addresses)):
+        if found != self._known or not (self._moves or np.array_equal(addresses, self.addresses)):
             return False
-        self.addresses[:] = addresses
+        self.addresses = addresses
         return True
-
-    def _look(self, tensors: Objects, *, learn: bool) -> bool:
-        at = self.loop.functions.ctypes.data, tensors.ctypes.data, *self._at
-        return self.loop.call(*at, learn, learn or self.moves) == len(tensors)
 
     def _ask(self, tensors: Objects) -> tuple[Any, Any]:
         each = tensors.tolist()
         order = all(map(Tensor.is_contiguous, each)) or [*map(Tensor.stride, each)]
-        kind = [(x.dtype, x.shape, x.device) for x in each] if self.moves else None
+        kind = [(x.dtype, x.shape, x.device) for x in each] if self._moves else None
         return np.array([*map(Tensor.data_ptr, each)], np.uint64), (order, kind)
 
 

@@ -7,7 +7,6 @@ because Python tells both: `places` looks for them. They hold Python's lock.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from portopt.kernels import compiler
 from portopt.kernels.compiler import Loop
+from portopt.kernels.loops import COMPARE, fetch
 
 KIND = ("layout", "dtype", "device_type", "device_index", "dim")
 """What a tensor is asked first: numbers."""
@@ -38,14 +38,14 @@ def layouts() -> Loop | None:
     if places is None or None in functions or not compiler.available():
         return None
     asks = [_ask(name, place) for place, name in enumerate((*KIND, *_REST))]
-    text = _COMPARE + _LAYOUTS.format(
+    text = COMPARE + _LAYOUTS.format(
         n_answers=len(asks),
         n_bytes=8 * len(asks),
         n_kind=len(KIND),
         at=places.tensor,
-        fetch=_fetch("object", 24, [places.tensor])
-        + _fetch("tensor", 16, [0, 64, 128, 192], through=[places.tensor])
-        + _fetch("storage", 8, [0], through=[places.tensor, _STORAGE]),
+        fetch=fetch("object", 24, [places.tensor])
+        + fetch("tensor", 16, [0, 64, 128, 192], through=[places.tensor])
+        + fetch("storage", 8, [0], through=[places.tensor, _STORAGE]),
         ask_kind="".join(asks[: len(KIND)]),
         ask_rest="".join(asks[len(KIND) :]),
     )
@@ -69,11 +69,11 @@ def gradients() -> Loop | None:
     text = _GRADIENTS.format(
         at=places.tensor,
         type_at=places.type,
-        fetch=_fetch("object", 24, [places.tensor])
-        + _fetch("tensor", 16, [0, 64, 128, 192], through=[places.tensor])
-        + _fetch("meta", 8, [0, 64], through=[places.tensor, _META])
-        + _fetch("dict", 24, [0, 32], objects="states")
-        + _fetch("keys", 16, [0, 64, 128], through=[_KEYS], objects="states"),
+        fetch=fetch("object", 24, [places.tensor])
+        + fetch("tensor", 16, [0, 64, 128, 192], through=[places.tensor])
+        + fetch("meta", 8, [0, 64], through=[places.tensor, _META])
+        + fetch("dict", 24, [0, 32], objects="states")
+        + fetch("keys", 16, [0, 64, 128], through=[_KEYS], objects="states"),
     )
     names = ("PyObject_GetAttr", "PyDict_GetItemWithError", "Py_DecRef")
     functions = [getattr(ctypes.pythonapi, name) for name in names]
@@ -107,39 +107,6 @@ def _places() -> _Places | None:
     return None if own_type is None or tensor is None else _Places(own_type, tensor)
 
 
-def _fetch(
-    name: str,
-    ahead: int,
-    lines: Sequence[int],
-    *,
-    through: Sequence[int] = (),
-    objects: str = "objects",
-) -> str:
-    """Lines that fetch what will be looked at ``ahead`` rounds later, beside the address itself.
-
-    Args:
-        name: How their values are called.
-        ahead: So many rounds.
-        lines: The bytes, from that address, whose cache lines are fetched.
-        through: The address stands in an object: there, and in what stands there, and so on.
-        objects: The array of these objects.
-    """
-
-    def text() -> Iterator[str]:
-        yield f"%{name}.later = add i64 %i, {ahead}"
-        yield f"%{name}.i = call i64 @llvm.umin.i64(i64 %{name}.later, i64 %last)"
-        yield f"%{name}.in = getelementptr ptr, ptr %{objects}, i64 %{name}.i"
-        yield f"%{name}.0 = load ptr, ptr %{name}.in"
-        for step, offset in enumerate(through):
-            yield f"%{name}.{step}.in = getelementptr i8, ptr %{name}.{step}, i64 {offset}"
-            yield f"%{name}.{step + 1} = load ptr, ptr %{name}.{step}.in"
-        for line in lines:
-            yield f"%{name}.at.{line} = getelementptr i8, ptr %{name}.{len(through)}, i64 {line}"
-            yield f"call void @llvm.prefetch.p0(ptr %{name}.at.{line}, i32 0, i32 3, i32 1)"
-
-    return "\n".join([*text(), ""])
-
-
 def _ask(name: str, place: int) -> str:
     """Lines that have the function at that place answer for ``%tensor``."""
     return f"""\
@@ -149,34 +116,6 @@ def _ask(name: str, place: int) -> str:
 %{name}.error = call i32 %{name}.function(ptr %tensor, ptr %{name}.to)
 """
 
-
-_COMPARE = """\
-define private i1 @is_as(ptr %known, ptr %found, i64 %n, i1 %learn) {
-br label %next
-next:
-%i = phi i64 [0, %0], [%i.next, %same]
-%more = icmp ult i64 %i, %n
-br i1 %more, label %look, label %done
-look:
-%known.at = getelementptr i64, ptr %known, i64 %i
-%found.at = getelementptr i64, ptr %found, i64 %i
-%word = load i64, ptr %found.at
-br i1 %learn, label %note, label %compare
-note:
-store i64 %word, ptr %known.at
-br label %same
-compare:
-%wanted = load i64, ptr %known.at
-%is = icmp eq i64 %word, %wanted
-br i1 %is, label %same, label %done
-same:
-%i.next = add i64 %i, 1
-br label %next
-done:
-%all = icmp eq i64 %i, %n
-ret i1 %all
-}
-"""
 
 _LAYOUTS = """\
 define i64 @kernel(

@@ -15,7 +15,7 @@ from children import child, start
 from support import assert_agree
 
 from portopt import Optimizer
-from portopt.kernels import compiler, llvm
+from portopt.kernels import compiler, layout, llvm
 from portopt.rules import SGD, Adam
 
 binding = pytest.importorskip("llvmlite.binding")
@@ -25,7 +25,8 @@ KEY_LENGTH = 64
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty cache folder, and nothing in memory."""
+    """An empty cache folder, and no kernel in memory."""
+    layout.arrays()  # which is looked for once: in no folder of these
     monkeypatch.setenv("PORTOPT_CACHE_DIR", str(tmp_path / "kernels"))
     forget()
     yield tmp_path / "kernels"
@@ -75,7 +76,7 @@ def test_eight_processes_at_once_on_an_empty_folder(folder):
     ends = [(*process.communicate(timeout=100), process.returncode) for process in processes]
     assert ends == [(ends[0][0], "", 0)] * 8
     names = {file.name for file in folder.iterdir()}
-    assert len(names) == 2  # one rule and one norm; nothing half-written lies about
+    assert len(names) == 3  # a rule, a norm, a loop; nothing half-written lies about
     assert all(len(name) == KEY_LENGTH for name in names)
     assert child("steps", "read", PORTOPT_CACHE_DIR=str(folder)) == ends[0][0]
 

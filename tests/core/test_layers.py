@@ -24,6 +24,7 @@ LEVELS = [
     {"rules", "program"},
     {"trace"},
     {"kernels"},
+    {"plan"},
     {"optimizer", "sharding", "tape", "jax"},
     # "" is the package's own face.
     {"", "__main__", "bench", "cli", "demo", "extras", "parity", "plots", "race", "tune", "worker"},

@@ -13,7 +13,7 @@ from bits import assert_bits, dtype_of
 from children import child
 from support import gradients, weights
 
-import portopt.optimizer
+import portopt.plan
 from portopt import Around, Optimizer, trace
 from portopt.kernels import compiler, cpu, slow
 from portopt.rules import SGD, Adam
@@ -26,13 +26,18 @@ SLOW = "portopt.Optimizer steps without a kernel, slowly: "
 @pytest.fixture
 def launches(monkeypatch):
     """The operands' dtypes, launch by launch."""
-    seen, step = [], cpu.Step
+    seen = []
 
-    def counted(program, storage, *rest):
-        seen.append(storage)
-        return step(program, storage, *rest)
+    class Counted(cpu.Step):
+        def __init__(self, program, storage, *rest):
+            super().__init__(program, storage, *rest)
+            self.storage = storage
 
-    monkeypatch.setattr(cpu, "Step", counted)
+        def run(self, *args):
+            seen.append(self.storage)
+            super().run(*args)
+
+    monkeypatch.setattr(cpu, "Step", Counted)
     return seen
 
 
@@ -177,7 +182,7 @@ def test_llvmlite_not_installed():
 
 @pytest.mark.usefixtures("fresh")
 def test_norms_overflow_silently_without_a_kernel(monkeypatch):
-    monkeypatch.setattr(portopt.optimizer, "_takes", lambda arrays: False)
+    monkeypatch.setattr(portopt.plan, "_takes", lambda arrays: False)
     param = np.ones(2)
     Optimizer(SGD(), [param], around=Around(clip_norm=1.0)).step([np.array([1e200, 1.0])])
     assert_bits(param, np.ones(2))

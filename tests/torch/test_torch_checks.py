@@ -89,7 +89,7 @@ NOW = {
 def test_another_layout_is_noticed(now, way, ask):
     ask(way)
     found, same = NOW[now]
-    before = layout.Layout(tensors((3, 5), (4,)), moves=True)
+    before = layout.of_tensors(tensors((3, 5), (4,)), moves=True)
     assert before.fits(found) == same
     if same:
         assert before.addresses.tolist() == [tensor.data_ptr() for tensor in found]
@@ -98,7 +98,7 @@ def test_another_layout_is_noticed(now, way, ask):
 @pytest.mark.parametrize("way", WAYS)
 def test_what_has_no_address_does_not_fit(way, ask):
     ask(way)
-    before = layout.Layout(tensors((3, 5)), moves=True)
+    before = layout.of_tensors(tensors((3, 5)), moves=True)
     assert not before.fits(layout.array([torch.ones(3, 5).to_sparse()]))
 
 
@@ -106,7 +106,7 @@ def test_what_has_no_address_does_not_fit(way, ask):
 def test_what_stays_is_elsewhere(way, ask):
     ask(way)
     found = tensors((3, 5), (4,))
-    before = layout.Layout(found, moves=False)
+    before = layout.of_tensors(found, moves=False)
     assert before.fits(found)
     found[1].data = found[1].data.clone()
     assert not before.fits(found)
