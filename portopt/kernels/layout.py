@@ -165,14 +165,12 @@ measure:
 %strides = load ptr, ptr %strides.at
 %data.at = getelementptr i8, ptr %object, i64 {data}
 %to.sizes = getelementptr i64, ptr %to, i64 {n_kind}
-%to.strides = getelementptr i64, ptr %to.sizes, i64 %dim
-%to.next = getelementptr i64, ptr %to.strides, i64 %dim
-%sizes.are = call i1 @is_as(ptr %to.sizes, ptr %sizes, i64 %dim, i1 %learn)
-%strides.are = call i1 @is_as(ptr %to.strides, ptr %strides, i64 %dim, i1 %learn)
+%to.next = getelementptr [2 x i64], ptr %to.sizes, i64 %dim
 %address.at = getelementptr ptr, ptr %addresses, i64 %i
-%place.is = call i1 @is_as(ptr %address.at, ptr %data.at, i64 1, i1 %place)
-%shape.is = and i1 %sizes.are, %strides.are
-%all.is = and i1 %shape.is, %place.is
+%all.is = call i1 @lies_as(
+ptr %to.sizes, ptr %sizes, ptr %strides, i64 %dim, ptr %address.at, ptr %data.at,
+i1 %learn, i1 %place
+)
 br i1 %all.is, label %noted, label %done
 noted:
 %i.next = add i64 %i, 1

@@ -62,5 +62,18 @@ done:
 %all = icmp eq i64 %i, %n
 ret i1 %all
 }
+define private i1 @lies_as(
+ptr %sizes.known, ptr %sizes, ptr %strides, i64 %dim, ptr %address.known, ptr %address,
+i1 %learn, i1 %place
+) {
+%strides.known = getelementptr i64, ptr %sizes.known, i64 %dim
+%sizes.are = call i1 @is_as(ptr %sizes.known, ptr %sizes, i64 %dim, i1 %learn)
+%strides.are = call i1 @is_as(ptr %strides.known, ptr %strides, i64 %dim, i1 %learn)
+%place.is = call i1 @is_as(ptr %address.known, ptr %address, i64 1, i1 %place)
+%shape.is = and i1 %sizes.are, %strides.are
+%all.is = and i1 %shape.is, %place.is
+ret i1 %all.is
+}
 """
-"""A function that says whether ``n`` words are as known; or notes them, if told to learn."""
+"""Two functions: whether ``n`` words are as known, and whether an array's sizes, strides and address
+are. They note them instead, if they are told to learn or to place."""
