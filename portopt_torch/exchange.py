@@ -6,6 +6,7 @@ import contextlib
 import mmap
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,7 +82,7 @@ class Exchange:
         """Watch parameters; the last ones are expected to be ready first."""
         room = 0
         for param in reversed(list(params)):
-            number = self.optimizer._number[param]
+            number = self.optimizer.division.number[param]
             if param.nbytes > room:
                 self._buckets.append([])
                 room = BUCKET
@@ -118,7 +119,7 @@ class Exchange:
             self._is_running = True
             self.rooms.clear()
             Variable._execution_engine.queue_callback(self._finish)
-        number = self.optimizer._number[param]
+        number = self.optimizer.division.number[param]
         self._missing[self._bucket[number]].discard(number)
         while self._next < len(self._buckets) and not self._missing[self._next]:
             self._launch()
@@ -136,7 +137,7 @@ class Exchange:
         self._next += 1
         grads: dict[int, Tensor] = {}
         for number in numbers:
-            param = self.optimizer._params[number]
+            param = self.optimizer.division.params[number]
             if param.grad is None:
                 grads[number] = torch.zeros_like(param)
             else:
@@ -160,7 +161,7 @@ class Exchange:
             else:
                 self.shares[span] = rooms([mean])[0].copy_(mean)  # lets go of the rest
         if is_last:
-            spans = (span for some in plan.spans for span in some if span.tensor in grads)
+            spans = chain.from_iterable(self.optimizer.division.spans_of(grads))
             self.rooms = {s: part_of(grads[s.tensor], s) for s in spans if s not in means}
         for number in grads:
-            self.optimizer._params[number].grad = None
+            self.optimizer.division.params[number].grad = None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -17,15 +18,15 @@ from torch.distributed import checkpoint
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from portopt.sharding import Buffers, Plan, Span, divide, grad_norm
+from portopt.sharding import Buffers, Plan, Span, grad_norm
 from portopt.trace import specialized
 from portopt_torch.collectives import WorkerError
+from portopt_torch.division import Division
 from portopt_torch.exchange import Exchange, part_of, rooms
 from portopt_torch.launch import STORAGE
 from portopt_torch.neighbours import connect
 from portopt_torch.optimizer import Optimizer
 from portopt_torch.plain import host
-from portopt_torch.shard import Shard
 
 
 class Sharded(torch.optim.Optimizer):
@@ -54,7 +55,7 @@ class Sharded(torch.optim.Optimizer):
             process group's own timeout that counts.
 
     Attributes:
-        plan: Who updates what. Its tensors are numbered group by group, frozen ones last.
+        division: Who has which parts.
         collectives: The connection to the other workers.
 
     Raises:
@@ -95,16 +96,11 @@ class Sharded(torch.optim.Optimizer):
         device = optimizer.param_groups[0]["params"][0].device
         self.stage = stage
         self.collectives = connect(group, device, timeout)
-        self.plan = Plan((), (), ((),) * self.collectives.size)
+        self.division = Division(self.collectives.rank, self.collectives.size)
         self._whole, self._local = optimizer, copy.copy(optimizer)
         self._local.param_groups, self._local.state = [], defaultdict(dict)
         self._local.into_grad = True
         self._local.rule_of = self._rule_of  # type: ignore[method-assign]
-        self._params: list[Tensor] = []  # in the order of the plan
-        self._number: dict[Tensor, int] = {}
-        self._views: dict[Tensor, Tensor] = {}  # this worker's, as the local optimizer has them
-        self._parts: dict[Span, Tensor] = {}  # all spans of the parameters
-        self._addresses: list[int] = []  # where the parameters were then
         self._failure: WorkerError | None = None
         self._exchange = Exchange(self) if stage == 2 and ddp is None else None
         super().__init__(optimizer.param_groups, optimizer.defaults)
@@ -115,6 +111,11 @@ class Sharded(torch.optim.Optimizer):
         if optimizer.state:
             self.load_state_dict(optimizer.state_dict())
             optimizer.state.clear()
+
+    @property
+    def plan(self) -> Plan:
+        """Who updates what. Its tensors are numbered group by group, frozen ones last."""
+        return self.division.plan
 
     @property
     def around(self) -> Any:
@@ -202,14 +203,7 @@ class Sharded(torch.optim.Optimizer):
         state: dict[str, Any] = super().state_dict()
         params = self._flat_params()
         for key, own in state["state"].items():
-            param = params[key]
-            span = self._own[self._number[param]]
-            if span.length < param.numel():
-                own = {
-                    name: value if value.dim() == 0 else Shard(value, span.start, param.shape)
-                    for name, value in own.items()
-                }
-            state["state"][key] = own
+            state["state"][key] = self.division.shards(params[key], own)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -222,7 +216,7 @@ class Sharded(torch.optim.Optimizer):
         """
 
         def take(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
-            self._local.load_state_dict(self._cut_state(state_dict))
+            self._local.load_state_dict(self.division.cut_state(state_dict, self.param_groups))
             return {**state_dict, "state": {}}
 
         before = self.register_load_state_dict_pre_hook(take)
@@ -248,21 +242,13 @@ class Sharded(torch.optim.Optimizer):
         reader = folder if is_reader else checkpoint.FileSystemReader(folder)
         saved = reader.read_metadata().state_dict_metadata
         wanted = super().state_dict()
-        places = {param: place for place, param in enumerate(self._flat_params())}
         state: dict[int, dict[str, Any]] = {}
-        for number, span in self._own.items():
-            param = self._params[number]
-            start = f"{key}.state.{places[param]}."
+        for place, param in enumerate(self._flat_params()):
+            start = f"{key}.state.{place}."
             for name, meta in saved.items():
-                if name.startswith(start):
-                    cut = meta.size == param.shape and span.length < param.numel()
-                    value = torch.empty(
-                        span.length if cut else meta.size,
-                        dtype=meta.properties.dtype,
-                        device=param.device if meta.size else "cpu",
-                    )
-                    entry = Shard(value, span.start, param.shape) if cut else value
-                    state.setdefault(places[param], {})[name[len(start) :]] = entry
+                if param in self.division.views and name.startswith(start):
+                    entry = self.division.empty(param, meta.size, meta.properties.dtype)
+                    state.setdefault(place, {})[name[len(start) :]] = entry
         read = {key: {"state": state, "param_groups": wanted["param_groups"]}}
         checkpoint.load(read, storage_reader=reader, process_group=self.collectives.group)
         self.load_state_dict(read[key])
@@ -283,14 +269,7 @@ class Sharded(torch.optim.Optimizer):
         self._local.state_dict()
         self._show_state()
         rank, group = self.collectives.rank, self.collectives.group
-        own = {
-            span.tensor: {
-                name: value if value.dim() == 0 else (self._shape_of(span, value), value.dtype)
-                for name, value in self.state[self._params[span.tensor]].items()
-            }
-            for span in self.plan.spans[rank]
-            if self._params[span.tensor] in self.state
-        }
+        own = self.division.described(self.state)
         said: list[Any] = [None] * self.collectives.size
         receives = said if rank == to else None
         with self._guard("nothing is changed"):
@@ -298,9 +277,10 @@ class Sharded(torch.optim.Optimizer):
                 root = distributed.get_global_rank(group, to)
                 distributed.gather_object(own, receives, root, group)
             whole: dict[int, dict[str, Any]] = defaultdict(dict)
-            pieces = [list(self._rooms(r, some or {}, whole)) for r, some in enumerate(said)]
+            rooms_of = self.division.rooms
+            pieces = [[*rooms_of(r, some or {}, whole)] for r, some in enumerate(said)]
             slots = [
-                self.state[self._params[number]][name].reshape(-1)
+                self.state[self.division.params[number]][name].reshape(-1)
                 for number, entries in own.items()
                 for name, what in entries.items()
                 if not torch.is_tensor(what)
@@ -312,79 +292,15 @@ class Sharded(torch.optim.Optimizer):
             self.collectives.gather(pieces, to, "gathering of the state")
         if rank != to:
             return None
-        places = [self._number[param] for param in self._flat_params()]
+        places = [self.division.number[param] for param in self._flat_params()]
         state = {place: whole[number] for place, number in enumerate(places) if number in whole}
         return {"state": state, "param_groups": super().state_dict()["param_groups"]}
-
-    def _shape_of(self, span: Span, slot: Tensor) -> torch.Size:
-        shape = self._params[span.tensor].shape
-        return shape if span.length < self.plan.sizes[span.tensor] else slot.shape
-
-    def _rooms(
-        self, rank: int, described: Mapping[int, Any], whole: dict[int, dict[str, Any]]
-    ) -> Iterator[Tensor]:
-        """Where to put a worker's slots, in ``whole``; what needs no room is put there."""
-        spans = {span.tensor: span for span in self.plan.spans[rank]}
-        for number, entries in described.items():
-            param, span = self._params[number], spans[number]
-            for name, what in entries.items():
-                if torch.is_tensor(what):
-                    whole[number][name] = what
-                    continue
-                shape, dtype = what
-                if name not in whole[number]:
-                    whole[number][name] = torch.empty(shape, dtype=dtype, device=param.device)
-                line = whole[number][name].view(-1)
-                is_cut = span.length < self.plan.sizes[number]
-                yield line[span.start : span.stop] if is_cut else line
-
-    def _cut_state(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """What of a state the local optimizer is to load."""
-        groups = state_dict["param_groups"]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError(
-                "loaded state dict has groups of another number or size than the optimizer's"
-            )
-        state: dict[Any, Any] = {}
-        cut_groups = []
-        for ours, theirs in zip(self.param_groups, groups, strict=True):
-            keys = dict(zip(theirs["params"], ours["params"], strict=True))
-            mine = [key for key, param in keys.items() if param in self._views]
-            cut_groups.append({**theirs, "params": mine})
-            cut_groups[-1].pop("param_names", None)
-            for key in mine:
-                if key in state_dict["state"]:
-                    span = self._own[self._number[keys[key]]]
-                    entries = state_dict["state"][key].items()
-                    state[key] = {
-                        k: self._cut(f"{k!r} of parameter {key}", x, span) for k, x in entries
-                    }
-        return {"state": state, "param_groups": cut_groups}
-
-    def _cut(self, what: str, value: Any, span: Span) -> Any:
-        param = self._params[span.tensor]
-        if isinstance(value, Shard):
-            has = value.start, value.local.numel(), value.shape
-            if has != (span.start, span.length, param.shape):
-                raise ValueError(
-                    f"loaded {what} must be its elements from {span.start} to {span.stop}, is "
-                    f"{value.start} to {value.start + value.local.numel()}: another number of "
-                    "workers saved it; use load_checkpoint"
-                )
-            return value.local
-        if not torch.is_tensor(value) or value.dim() == 0 or span.length == param.numel():
-            return value
-        if value.shape != param.shape:
-            raise ValueError(
-                f"loaded {what} must have shape {tuple(param.shape)}, got {tuple(value.shape)}"
-            )
-        return value.reshape(-1)[span.start : span.stop].clone()
 
     def _show_state(self) -> None:
         """Let `state` have what the local optimizer's has, by the whole parameters."""
         if len(self.state) != len(self._local.state):
             self.state.clear()
-            for param, view in self._views.items():
+            for param, view in self.division.views.items():
                 if view in self._local.state:
                     self.state[param] = self._local.state[view]
 
@@ -417,31 +333,14 @@ class Sharded(torch.optim.Optimizer):
                     )
                 own = specialized(program, rule, self.around, param.shape)
                 owned[param] = own.elementwise
-        for trains in (True, False):
-            params = [param for param in owned if param.requires_grad is trains]
-            self._number |= {p: n for n, p in enumerate(params, len(self._params))}
-            self._params += params
-            more = divide(
-                [param.numel() for param in params],
-                self.collectives.size,
-                whole=[place for place, param in enumerate(params) if not owned[param]],
-                widths=[param.element_size() for param in params],
-            )
-            self.plan = self.plan.extended(more)
-        self._own = {span.tensor: span for span in self.plan.spans[self.collectives.rank]}
+        self.division.extend(owned)
         for group in groups:
-            mine = [param for param in group["params"] if self._number[param] in self._own]
-            self._views |= {param: self._view(param) for param in mine}
-            views = [self._views[param] for param in mine]
-            self._local.param_groups.append({**group, "params": views})
+            views = [self.division.views.get(param) for param in group["params"]]
+            mine = [view for view in views if view is not None]
+            self._local.param_groups.append({**group, "params": mine})
             self._local.param_groups[-1].pop("param_names", None)
         if self._exchange:
             self._exchange.extend([param for param in owned if param.requires_grad])
-
-    def _view(self, param: Tensor) -> Tensor:
-        """This worker's span of a tensor like a parameter; of its shape where it is all of it."""
-        span = self._own[self._number[param]]
-        return part_of(param.detach(), span)
 
     def _flat_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -472,13 +371,13 @@ class Sharded(torch.optim.Optimizer):
 
     def _present(self) -> set[int]:
         """The tensors that have a gradient; the same on all workers."""
-        here = np.array([param.grad is not None for param in self._params], np.float64)
+        here = np.array([param.grad is not None for param in self.division.params], np.float64)
         if self._exchange:
             return self._exchange.complete(here)
         count = self.collectives.all_reduce(here)
         for number, workers in enumerate(count):
             if 0 < workers < self.collectives.size and self.stage == 1:
-                shape = tuple(self._params[number].shape)
+                shape = tuple(self.division.params[number].shape)
                 raise ValueError(
                     f"a parameter of shape {shape} must have a gradient on all workers or on none, "
                     f"has one on {workers:g} of {self.collectives.size}"
@@ -490,18 +389,18 @@ class Sharded(torch.optim.Optimizer):
 
         Until then the averages of gradients are there: stage 1's all, stage 2's of the own spans.
         """
-        spans = [span for some in self.plan.spans for span in some if span.tensor in present]
+        spans = [*chain.from_iterable(self.division.spans_of(present))]
         if self._exchange:
-            self._follow()
+            self.division.follow()
             there = self._exchange.shares | self._exchange.rooms
             missing = [span for span in spans if span not in there]
-            new = rooms([self._parts[span] for span in missing])
+            new = rooms([self.division.parts[span] for span in missing])
             there |= dict(zip(missing, new, strict=True))
             return {span: there[span] for span in spans}
         grads: dict[int, Tensor] = {}
         seen: set[int] = set()
         for number in present:
-            param = self._params[number]
+            param = self.division.params[number]
             grad = torch.zeros_like(param) if param.grad is None else param.grad
             if grad.is_sparse:
                 raise RuntimeError("a gradient must not be sparse to be sharded")
@@ -512,14 +411,12 @@ class Sharded(torch.optim.Optimizer):
         return {span: part_of(grads[span.tensor], span) for span in spans}
 
     def _update(self, places: dict[Span, Tensor], present: set[int]) -> None:
-        around, local = self.around, self._local
+        around, local, division = self.around, self._local, self.division
         if around.needs_norm:
-            pieces = {s: x.view(-1) for s, x in places.items() if s.tensor in self._own}
-            if self.stage == 2:
-                pieces = {span: x for span, x in pieces.items() if span in self._own.values()}
+            own = division.own.values() if self.stage == 2 else places
             local.grad_norm = grad_norm(
-                pieces,
-                self._params,
+                {s: places[s].view(-1) for s in own if s in places and s.tensor in division.own},
+                division.params,
                 self.plan,
                 self.collectives,
                 _BUFFERS,
@@ -533,35 +430,23 @@ class Sharded(torch.optim.Optimizer):
             theirs.update(
                 {key: value for key, value in ours.items() if key in theirs and key != "params"}
             )
-        self._follow()
-        for param, view in self._views.items():
-            view.grad = places.get(self._own[self._number[param]])
+        division.follow()
+        for param, view in division.views.items():
+            view.grad = places.get(division.own[division.number[param]])
         local.step()
-        for view in self._views.values():
+        for view in division.views.values():
             view.grad = None
         self._show_state()
         pieces = [[places[s] for s in some if s in places] for some in self.plan.spans]
         self.collectives.all_gather(pieces, "exchange of parameters")
-        torch._foreach_copy_([self._parts[span] for span in places], list(places.values()))
-
-    def _follow(self) -> None:
-        """Look where the parameters are: ``module.to`` may have moved them."""
-        addresses = [param.data_ptr() for param in self._params]
-        if addresses != self._addresses:
-            self._addresses = addresses
-            spans = [span for some in self.plan.spans for span in some]
-            self._parts = {
-                span: part_of(self._params[span.tensor].detach(), span) for span in spans
-            }
-            for param, view in self._views.items():
-                view.data = self._view(param)
+        torch._foreach_copy_([division.parts[span] for span in places], list(places.values()))
 
     def _drop_grads(self) -> None:
-        grads = [param.grad for param in self._params if param.grad is not None]
+        grads = [param.grad for param in self.division.params if param.grad is not None]
         if self.around.zero_grad:
             torch._foreach_zero_(grads)
         else:
-            for param in self._params:
+            for param in self.division.params:
                 param.grad = None
         if self._exchange:
             self._exchange.drop()
@@ -569,11 +454,11 @@ class Sharded(torch.optim.Optimizer):
     @torch.no_grad()
     def _switch(self, mode: str) -> None:
         self._check_usable()
-        self._follow()
+        self.division.follow()
         getattr(self._local, mode)()
         for ours, theirs in zip(self.param_groups, self._local.param_groups, strict=True):
             ours.update({key: theirs[key] for key in ("train_mode",) if key in theirs})
-        pieces = [[self._parts[span] for span in some] for some in self.plan.spans]
+        pieces = [[self.division.parts[span] for span in some] for some in self.plan.spans]
         with self._guard("some parameters are those of before, others not"):
             self.collectives.all_gather(pieces, f"exchange of parameters of {mode}()")
 
@@ -582,9 +467,9 @@ class Sharded(torch.optim.Optimizer):
     def _reduce_bucket(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """A hook of DistributedDataParallel: average of a bucket what is this worker's."""
         grads = {
-            self._number[param]: grad
+            self.division.number[param]: grad
             for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True)
-            if param in self._number
+            if param in self.division.number
         }
         done: torch.futures.Future[Tensor] = torch.futures.Future()
 
@@ -608,7 +493,7 @@ class Sharded(torch.optim.Optimizer):
         Returns:
             This worker's spans of them.
         """
-        spans = [[s for s in some if s.tensor in grads] for some in self.plan.spans]
+        spans = self.division.spans_of(grads)
         pieces = [[part_of(grads[s.tensor], s) for s in some] for some in spans]
         with self._guard("the parameters are those before the step"):
             own = self.collectives.reduce_scatter(pieces)
