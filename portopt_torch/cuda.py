@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,18 @@ from portopt.program import Program
 
 def refusal(storage: tuple[str, ...]) -> str | None:
     """Why arrays stored so, the parameter first, cannot go through a kernel; None if they can."""
+    return _lack() or llvm.refusal(storage)
+
+
+@cache
+def _lack() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
-    return llvm.refusal(storage)
+    from triton import __version__ as version
+
+    if tuple(map(int, version.split(".")[:2])) < (3, 6):
+        return f"Triton {version} makes zeros of subnormal numbers; 3.6 does not"
+    return None
 
 
 _captured: list[Launch] = []

@@ -16,9 +16,10 @@ from portopt.program import ARRAY_OPS
 from portopt.rules import Adam, AdamW, Around, Momentum, RMSprop, Rule
 from portopt.trace import trace
 
-pytest.importorskip("triton", reason="the CUDA printer needs Triton")
+pytest.importorskip("triton", minversion="3.6", reason="the CUDA printer needs Triton")
 
 from portopt.kernels import triton
+from portopt_torch import cuda
 
 RULES = run_path(str(Path(__file__).parents[1] / "core" / "conftest.py"))["RULES"]
 SIZES = [0, 1, 700, 1300]
@@ -247,3 +248,23 @@ def ptx(kernel, signature):
 
     made = compile(ASTSource(kernel, signature), GPUTarget("cuda", 90, 32), triton._OPTIONS)
     return made.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ("3.5.1", "Triton 3.5.1 makes zeros of subnormal numbers; 3.6 does not"),
+        ("3.6.0", None),
+        ("3.10.0+git5", None),
+        (None, "Triton is not installed: pip install triton"),
+    ],
+)
+def test_a_triton_that_is_not_exact_is_refused(version, words, monkeypatch):
+    monkeypatch.setattr("triton.__version__", version)
+    if version is None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    cuda._lack.cache_clear()
+    try:
+        assert cuda.refusal(("float32",) * 4) == words
+    finally:
+        cuda._lack.cache_clear()
