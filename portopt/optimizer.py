@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 
 from portopt.arrays import STORAGE_DTYPES, Namespace, compute_dtype
-from portopt.plan import Member, Name, NDArray, Plan, state_of
+from portopt.plan import Member, Name, NDArray, Plan, dtype_name, state_of
 from portopt.program import Program
 from portopt.rules import Around, Rule
 from portopt.rules.base import Slots
@@ -161,7 +161,7 @@ class Optimizer:
             if grad is not None:
                 program = specialized(programs[g], rules[g], self.around, param.shape)
                 state = state_of(self.state.get(name, {}), rules[g], program, param)
-                _check_state(name, state, rules[g], self.around, param)
+                _check_state(name, state, rules[g], program, param)
                 arrays = param, grad, *(state[slot] for slot in program.slots)
                 members.append(Member(place, g, program, state, arrays))
         return members
@@ -239,7 +239,8 @@ class Optimizer:
         for name, entries in state_dict["state"].items():
             if name not in arrays:
                 raise ValueError(f"state[{name!r}] is of no parameter: there are {list(arrays)}")
-            _check_state(name, entries, rule_of[name], self.around, arrays[name])
+            rule, param = rule_of[name], arrays[name]
+            _check_state(name, entries, rule, trace(rule, self.around, param.shape), param)
         self.state = {
             name: {**_copy(entries), "step": int(entries["step"])}
             for name, entries in state_dict["state"].items()
@@ -311,7 +312,7 @@ def _copy(entries: Mapping[str, Any]) -> dict[str, Any]:
 def _check_param(name: Name, array: Any) -> None:
     if not isinstance(array, np.ndarray):
         raise TypeError(f"params[{name!r}] must be a NumPy array, got {type(array).__name__}")
-    if array.dtype.name not in STORAGE_DTYPES:
+    if dtype_name(array.dtype) not in STORAGE_DTYPES:
         allowed = ", ".join(STORAGE_DTYPES)
         raise TypeError(f"params[{name!r}] must have a dtype among {allowed}, got {array.dtype}")
     if not array.flags.writeable:
@@ -319,9 +320,9 @@ def _check_param(name: Name, array: Any) -> None:
 
 
 def _check_state(
-    name: Name, entries: Mapping[str, Any], rule: Rule, around: Around, param: NDArray
+    name: Name, entries: Mapping[str, Any], rule: Rule, program: Program, param: NDArray
 ) -> None:
-    program, shapes = trace(rule, around, param.shape), rule.slot_shapes(param.shape)
+    shapes = rule.slot_shapes(param.shape)
     slots = [*program.numbers, *program.slots]
     if not isinstance(entries, Mapping) or set(entries) != {"step", *slots}:
         got = list(entries) if isinstance(entries, Mapping) else entries
@@ -336,7 +337,7 @@ def _check_state(
             )
     for slot in program.slots:
         array = entries[slot]
-        if not isinstance(array, np.ndarray) or array.dtype.name not in STORAGE_DTYPES:
+        if not isinstance(array, np.ndarray) or dtype_name(array.dtype) not in STORAGE_DTYPES:
             raise TypeError(f"state[{name!r}][{slot!r}] must be an array of floats, got {array!r}")
         shape = shapes.get(slot, param.shape)
         if array.shape != shape:

@@ -70,7 +70,7 @@ class Plan:
         others: dict[tuple[Program, tuple[str, ...]], list[Member]] = {}
         for member in members:
             alike = kernels if member.program.elementwise and _takes(member.operands) else others
-            storage = tuple(_dtype_name(array.dtype) for array in member.operands)
+            storage = tuple(dtype_name(array.dtype) for array in member.operands)
             alike.setdefault((member.program, storage), []).append(member)
         self._launches = [_Launch(*key, some) for key, some in kernels.items()]
         self._batches = [*self._launches, *(_Batch(*key, some) for key, some in others.items())]
@@ -258,7 +258,12 @@ def state_of(entries: Mapping[str, Any], rule: Rule, program: Program, param: ND
     slots = {slot: entries[slot] if slot in entries else begin(slot) for slot in program.slots}
     first = {name: rule.initial(name) for name in program.numbers if name not in entries}
     kept = {name: entries[name] for name in program.numbers if name in entries}
-    return {"step": entries.get("step", 0), **kept, **_rounded(first, param.dtype.name), **slots}
+    return {
+        "step": entries.get("step", 0),
+        **kept,
+        **_rounded(first, dtype_name(param.dtype)),
+        **slots,
+    }
 
 
 def _rounded(numbers: Mapping[str, float], dtype: str) -> dict[str, float]:
@@ -286,12 +291,12 @@ def _refusal(arrays: Sequence[NDArray]) -> str | None:
             return "an array has gaps in its memory, or goes through it backwards"
         if any(_strides(array) != _strides(first) for array in arrays):
             return "a gradient or slot lies otherwise in memory than its parameter"
-    why = cpu.refusal(tuple(_dtype_name(array.dtype) for array in arrays))
+    why = cpu.refusal(tuple(dtype_name(array.dtype) for array in arrays))
     return why if why or layout.arrays() else layout.UNKNOWN
 
 
 @cache
-def _dtype_name(dtype: np.dtype[Any]) -> str:
+def dtype_name(dtype: np.dtype[Any]) -> str:
     """Its name, which NumPy forms anew each time, slowly."""
     return str(dtype.name)
 

@@ -75,5 +75,5 @@ i1 %learn, i1 %place
 ret i1 %all.is
 }
 """
-"""Two functions: whether ``n`` words are as known, and whether an array's sizes, strides and address
-are. They note them instead, if they are told to learn or to place."""
+"""Two functions: whether ``n`` words are as known, and whether an array's sizes, strides and
+address are. They note them instead, if they are told to learn or to place."""
