@@ -49,7 +49,9 @@ class Muon(Optimizer):
 
     def rule_of(self) -> tuple[type[rules.Rule], dict[str, Any]]:
         rule, values = super().rule_of()
-        if self.rms_rate is None:
+        if not hasattr(self, "rms_rate"):  # Keras before 3.13
+            values |= {"adjust_lr_fn": "original"}
+        elif self.rms_rate is None:
             values |= {"adjust_lr_fn": "constant", "rms_rate": 0.0}
         return rule, values
 
@@ -65,7 +67,8 @@ class Muon(Optimizer):
         if not is_for_adam:
             return super().rule_for(decays, learning_rate)
         # Keras multiplies the decay by the learning rate as it was given.
-        decay = (self.adam_weight_decay or 0.0) / self.adam_lr_ratio if decays else 0.0
+        decay = getattr(self, "adam_weight_decay", self.weight_decay)  # it has its own from 3.13 on
+        decay = (decay or 0.0) / self.adam_lr_ratio if decays else 0.0
         values = {
             "beta1": self.adam_beta_1,
             "beta2": self.adam_beta_2,
