@@ -59,7 +59,6 @@ class Batch:
         self.storages = [tensor.untyped_storage() for tensor in self.kept]
         grads = [gradient(param) for param in self.params]
         self.layout = of_tensors(array(grads), moves=True)
-        self.is_complex = any(map(Tensor.is_complex, grads))
         sizes = [grad.numel() * (1 + grad.is_complex()) for grad in grads]
         columns = np.reshape(self.kept_layout.addresses, (-1, len(members)))
         table = np.insert(columns, 1, self.layout.addresses, axis=0).T
@@ -87,8 +86,6 @@ class Batch:
         """Whether all is as it was but the gradients' places, which are noted."""
         grads = self.holdings.gradients()
         if grads is None or not (self.kept_layout.fits(self.kept) and self.layout.fits(grads)):
-            return False
-        if any(map(Tensor.is_neg, grads)) or (self.is_complex and any(map(Tensor.is_conj, grads))):
             return False
         self.step.table[:, 1] = self.layout.addresses
         return True

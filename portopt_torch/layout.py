@@ -23,6 +23,8 @@ _GRAD = "grad"
 def of_tensors(tensors: Objects, *, moves: bool) -> Layout | Asked:
     """The devices, dtypes, shapes and strides of tensors.
 
+    One that is negated or conjugated lazily does not fit.
+
     Args:
         tensors: Those whose layout it is, all of them `Tensor` or `torch.nn.Parameter` themselves.
         moves: Whether they may lie elsewhere later on, and be others. What stays at its address
@@ -47,6 +49,8 @@ class Asked:
         try:
             addresses, found = self._ask(tensors)
         except RuntimeError:  # one has no address, as a sparse one
+            return False
+        if any(map(Tensor.is_neg, tensors)) or any(map(Tensor.is_conj, tensors)):
             return False
         if found != self._known or not (self._moves or np.array_equal(addresses, self.addresses)):
             return False

@@ -21,6 +21,8 @@ KIND = ("layout", "dtype", "device_type", "device_index", "dim")
 """What a tensor is asked first: numbers."""
 _REST = ("sizes", "strides", "data_ptr")
 """The rest: all are PyTorch's stable C interface, ``torch/csrc/inductor/aoti_torch/c/shim.h``."""
+_LAZY = ("_ZN2at6native6is_negERKNS_6TensorE", "_ZN2at6native7is_conjERKNS_6TensorE")
+"""What C lacks: whether the elements are the negatives, or the conjugates, of those in memory."""
 
 
 @cache
@@ -28,12 +30,13 @@ def layouts() -> Loop | None:
     """The loop over layouts; None if there can be none here.
 
     It is one of ``(functions, objects, addresses, known, n, learn, place)``, and returns how many
-    of ``n`` objects of tensors lie as known: ``known`` has for each its `KIND`, its sizes and its
-    strides, all int64, and ``addresses`` where it begins. ``learn`` and ``place`` say whether the
-    former and the latter are to be noted instead.
+    of ``n`` objects of tensors lie as known, none of them negated or conjugated lazily: ``known``
+    has for each its `KIND`, its sizes and its strides, all int64, and ``addresses`` where it
+    begins. ``learn`` and ``place`` say whether the former and the latter are to be noted instead.
     """
     library = ctypes.PyDLL(torch._C.__file__)
-    functions = [getattr(library, f"aoti_torch_get_{name}", None) for name in (*KIND, *_REST)]
+    names = (*(f"aoti_torch_get_{name}" for name in (*KIND, *_REST)), *_LAZY)
+    functions = [getattr(library, name, None) for name in names]
     places = _places()
     if places is None or None in functions or not compiler.available():
         return None
@@ -46,6 +49,7 @@ def layouts() -> Loop | None:
         fetch=fetch("object", 24, [places.tensor])
         + fetch("tensor", 16, [0, 64, 128, 192], through=[places.tensor])
         + fetch("storage", 8, [0], through=[places.tensor, _STORAGE]),
+        ask_lazy="".join(_ask_lazy(number, len(asks) + number) for number in range(len(_LAZY))),
         ask_kind="".join(asks[: len(KIND)]),
         ask_rest="".join(asks[len(KIND) :]),
     )
@@ -107,6 +111,15 @@ def _places() -> _Places | None:
     return None if own_type is None or tensor is None else _Places(own_type, tensor)
 
 
+def _ask_lazy(number: int, place: int) -> str:
+    """Lines that have the function at that place say yes or no of ``%tensor``."""
+    return f"""\
+%lazy.function.at.{number} = getelementptr ptr, ptr %functions, i64 {place}
+%lazy.function.{number} = load ptr, ptr %lazy.function.at.{number}
+%lazy.{number} = call i8 %lazy.function.{number}(ptr %tensor)
+"""
+
+
 def _ask(name: str, place: int) -> str:
     """Lines that have the function at that place answer for ``%tensor``."""
     return f"""\
@@ -136,6 +149,11 @@ begin:
 %object.at = getelementptr ptr, ptr %objects, i64 %i
 %object = load ptr, ptr %object.at
 %tensor = getelementptr i8, ptr %object, i64 {at}
+{ask_lazy}
+%lazy = or i8 %lazy.0, %lazy.1
+%plain = icmp eq i8 %lazy, 0
+br i1 %plain, label %look, label %done
+look:
 {ask_kind}
 %kind.is = call i1 @is_as(ptr %to, ptr %answers, i64 {n_kind}, i1 %learn)
 br i1 %kind.is, label %measure, label %done

@@ -81,6 +81,7 @@ NOW = {
     "more-dimensions": (tensors((3, 5), (1, 1, 1, 4)), False),
     "fewer-dimensions": (tensors((3, 5), ()), False),
     "order": (layout.array([torch.ones(5, 3).t(), torch.ones(4)]), False),
+    "negated": (layout.array([torch._neg_view(torch.ones(3, 5)), torch.ones(4)]), False),
 }
 
 
@@ -109,6 +110,16 @@ def test_what_stays_is_elsewhere(way, ask):
     before = layout.of_tensors(found, moves=False)
     assert before.fits(found)
     found[1].data = found[1].data.clone()
+    assert not before.fits(found)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_stays_is_conjugated(way, ask):
+    ask(way)
+    found = tensors((3,), dtype=torch.complex64)
+    before = layout.of_tensors(found, moves=False)
+    assert before.fits(found)
+    found[0].data = found[0].data.conj()
     assert not before.fits(found)
 
 
