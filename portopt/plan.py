@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portopt.arrays import Namespace, compute_dtype
-from portopt.kernels import layout, slow
+from portopt.kernels import slow
 from portopt.program import Program
 from portopt.rules import Rule
 from portopt.rules.around import initial
@@ -187,7 +187,7 @@ class _Launch(_Batch):
     def __init__(
         self, program: Program, storage: tuple[str, ...], members: Sequence[Member]
     ) -> None:
-        from portopt.kernels import cpu  # here, as `import portopt` is to be quick
+        from portopt.kernels import cpu, layout  # here, as `import portopt` is to be quick
 
         super().__init__(program, storage, members)
         self.members = ()  # their gradients are of one step alone
@@ -201,7 +201,8 @@ class _Launch(_Batch):
         sizes = [grad.size for grad in grads]
         columns = self.kept_layout.addresses.reshape(-1, len(members))
         rows = np.insert(columns, 1, self.grad_layout.addresses, axis=0).T
-        self.step, self.threads = cpu.Step(program, storage, rows, sizes), cpu.threads
+        self.array, self.threads = layout.array, cpu.threads
+        self.step = cpu.Step(program, storage, rows, sizes)
         self.make_square_sum = partial(cpu.SquareSum, storage[1], rows[:, 1], sizes)
 
     def fits(self, grads: Sequence[NDArray | None]) -> bool:
@@ -214,7 +215,7 @@ class _Launch(_Batch):
             all(map(is_, slots, self.slots))
             and all(name in state for name in self.counts for state in self.states)
             and self.kept_layout.fits(self.kept)
-            and self.grad_layout.fits(layout.array([grads[place] for place in self.places]))
+            and self.grad_layout.fits(self.array([grads[place] for place in self.places]))
         )
         self.step.table[:, 1] = self.grad_layout.addresses
         return fits
@@ -281,7 +282,7 @@ def _takes(arrays: Sequence[NDArray]) -> bool:
 
 
 def _refusal(arrays: Sequence[NDArray]) -> str | None:
-    from portopt.kernels import cpu
+    from portopt.kernels import cpu, layout
 
     first = arrays[0]
     if not all(array.flags.aligned and array.dtype.isnative for array in arrays):
