@@ -103,8 +103,11 @@ class Plan:
 
     def grad_norm(self) -> float:
         """The 2-norm of all gradients together."""
-        total = math.fsum(chain.from_iterable(batch.square_sums() for batch in self._batches))
-        return math.sqrt(total)
+        sums = chain.from_iterable(batch.square_sums() for batch in self._batches)
+        try:
+            return math.sqrt(math.fsum(sums))
+        except OverflowError:  # each sum is finite, but not that of all
+            return math.inf
 
     def prepare(self, values: Sequence[Mapping[str, Any]]) -> None:
         """Form the scalars of the step; changes nothing.

@@ -174,6 +174,14 @@ def test_no_gradient_is_kept(around):
     assert gone() is None and optimizer._plan is not None
 
 
+def test_a_norm_beyond_float64_is_infinite():
+    """Of two batches, each of which has one that is not."""
+    params, grads = [np.ones(1), np.ones(1)], [np.full(1, 1.2e154), np.full(1, 1.2e154)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.5}]
+    Optimizer(SGD(lr=1.0), groups, around=Around(clip_norm=1.0)).step(grads)
+    assert_bits(np.stack(params), np.array([[1.0], [0.5]]))
+
+
 @pytest.mark.parametrize(
     ("happens", "error", "words"),
     [
