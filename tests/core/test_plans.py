@@ -1,5 +1,6 @@
 """Steps on the arrays of the step before: as if each were the first, and made ready only once."""
 
+import gc
 import weakref
 
 import numpy as np
@@ -172,6 +173,23 @@ def test_no_gradient_is_kept(around):
     gone = weakref.ref(grad)
     del grad
     assert gone() is None and optimizer._plan is not None
+
+
+def test_what_is_known_by_its_address_lives_on():
+    """Another class could come to lie there."""
+
+    class Own(np.ndarray):
+        pass
+
+    optimizer = Optimizer(SGD(), [np.ones(3)])
+    optimizer.step([np.ones(3).view(Own)])
+    own = weakref.ref(Own)
+    del Own
+    gc.collect()
+    assert own() is not None
+    optimizer.step([np.ones(3)])  # and makes another plan
+    gc.collect()
+    assert own() is None
 
 
 def test_a_norm_beyond_float64_is_infinite():
