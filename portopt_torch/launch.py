@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from torch import Tensor
 from portopt.kernels import cpu
 from portopt.kernels.layout import array
 from portopt.program import Program
-from portopt_torch import cuda
-from portopt_torch.layout import Holdings, of_tensors
+from portopt_torch import cuda, native
+from portopt_torch.layout import holdings
 from portopt_torch.plain import Member, as_scalar, host
 
 STORAGE = {
@@ -48,25 +49,22 @@ class Batch:
     def __init__(self, program: Program, members: list[Member]) -> None:
         self.program = program
         self.params = [member.param for member in members]
+        self.objects = array(self.params)
         self.states = [member.state for member in members]
         self.groups = np.array([member.group for member in members])
         present, self.by_group = np.unique(self.groups, return_inverse=True)
         self.present = present.tolist()
-        slots = [state[slot] for slot in program.slots for state in self.states]
-        self.kept = array([*self.params, *slots])
-        self.kept_layout = of_tensors(self.kept, moves=False)
-        # While these live, nothing else can come to lie at those addresses.
-        self.storages = [tensor.untyped_storage() for tensor in self.kept]
-        grads = [gradient(param) for param in self.params]
-        self.layout = of_tensors(array(grads), moves=True)
-        sizes = [grad.numel() * (1 + grad.is_complex()) for grad in grads]
-        columns = np.reshape(self.kept_layout.addresses, (-1, len(members)))
-        table = np.insert(columns, 1, self.layout.addresses, axis=0).T
-        stored = storage([self.params[0], grads[0], *slots[:: len(members)]])
-        self._make_launches(stored, table, sizes)
         counting = ["step"] if "step" in self.states[0] else []
         self.counts = {name: self._side_by_side(name) for name in (*counting, *program.numbers)}
-        self.holdings = Holdings(self.params, self.states, (*program.slots, *self.counts))
+        self.holdings = holdings(self.params, self.states, program.slots, [*self.counts])
+        # While these live, nothing else can come to lie at those addresses.
+        slots = [[state[slot] for state in self.states] for slot in program.slots]
+        self.storages = [x.untyped_storage() for x in chain(self.params, *slots)]
+        grads = [gradient(param) for param in self.params]
+        sizes = [grad.numel() * (1 + grad.is_complex()) for grad in grads]
+        stored = storage([self.params[0], grads[0], *(column[0] for column in slots)])
+        table = np.insert(self.holdings.addresses[:, :-1], 1, self._places(), axis=1)
+        self._make_launches(stored, table, sizes)
         self.on_device = "step" in self.counts and self.counts["step"].is_cuda
         self.columns = {} if self.on_device else {k: v.numpy() for k, v in self.counts.items()}
         self.steps = self.columns.pop("step", np.zeros(0))
@@ -84,14 +82,19 @@ class Batch:
 
     def fits(self) -> bool:
         """Whether all is as it was but the gradients' places, which are noted."""
-        grads = self.holdings.gradients()
-        if grads is None or not (self.kept_layout.fits(self.kept) and self.layout.fits(grads)):
+        if not self.holdings.fit(self.step.helpers(torch.get_num_threads())):
             return False
-        self.step.table[:, 1] = self.layout.addresses
+        self.step.table[:, 1] = self._places()
         return True
 
+    def _places(self) -> Any:
+        """Where the gradients are."""
+        return self.holdings.addresses[:, -1]
+
     def _make_launches(self, stored: tuple[str, ...], table: Any, sizes: list[int]) -> None:
-        self.step = cpu.Step(self.program, stored, table, sizes)
+        self.bumped = native.bump(self.objects)
+        first = cpu.NOTHING if self.bumped is None else self.bumped[0]
+        self.step = cpu.Step(self.program, stored, table, sizes, first)
         self.make_square_sum = partial(cpu.SquareSum, stored[1], table[:, 1], sizes)
 
     def sum_squares(self) -> Any:
@@ -123,7 +126,7 @@ class Batch:
     def _kinds(self) -> tuple[list[list[Any]], Any]:
         """The different groups, steps done and numbers; and which of these each parameter has."""
         columns = [self.steps, *self.columns.values()]
-        if all((column == column[0]).all() for column in columns):  # but for few models
+        if all(map(_is_even, columns)):  # but for few models
             own = [float(column[0]) for column in columns]
             return [[group, *own] for group in self.present], self.by_group
         return _numbered([self.groups, *columns])
@@ -141,8 +144,9 @@ class Batch:
         else:
             self.steps[:] = 1
         self._keep(found_inf)
+        if self.bumped is None:
+            torch.autograd.graph.increment_version(self.params)
         self._run(found_inf)
-        torch.autograd.graph.increment_version(self.params)
         if "grad" in dict(self.program.outputs):
             torch.autograd.graph.increment_version([gradient(param) for param in self.params])
 
@@ -157,6 +161,8 @@ class Batch:
 
 class CudaBatch(Batch):
     """A batch on a CUDA device, which never waits for it where steps are counted there."""
+
+    bumped = None
 
     def _make_launches(self, stored: tuple[str, ...], table: Any, sizes: list[int]) -> None:
         device = self.params[0].device
@@ -192,6 +198,12 @@ class CudaBatch(Batch):
 
     def _run(self, found_inf: Tensor | None) -> None:
         self.step.run(found_inf)
+
+
+def _is_even(column: Any) -> bool:
+    """Whether all numbers are the same, to the bit."""
+    memory = column.tobytes()
+    return bool(memory == memory[: column.itemsize] * len(column))
 
 
 def _numbered(columns: Sequence[Any]) -> tuple[list[list[Any]], Any]:

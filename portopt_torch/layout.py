@@ -1,7 +1,7 @@
-"""What every step asks of many tensors: their gradients, and where and how they lie in memory.
+"""What every step asks of many tensors: which they are, and where and how they lie in memory.
 
-Compiled loops ask (`portopt_torch.native`): ten answers of theirs cost less than one of Python's.
-Where there are none, Python asks for as little as it may.
+A compiled look asks (`portopt_torch.native`), on several threads: ten answers of its cost less than
+one of Python's. Where there is none, Python asks for as little as it may.
 """
 
 from __future__ import annotations
@@ -14,98 +14,142 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from portopt.kernels.layout import Layout, Objects, array
+from portopt.kernels import pool
+from portopt.kernels.layout import array
 from portopt_torch import native
 
-_GRAD = "grad"
 
-
-def of_tensors(tensors: Objects, *, moves: bool) -> Layout | Asked:
-    """The devices, dtypes, shapes and strides of tensors.
-
-    One that is negated or conjugated lazily does not fit.
-
-    Args:
-        tensors: Those whose layout it is, all of them `Tensor` or `torch.nn.Parameter` themselves.
-        moves: Whether they may lie elsewhere later on, and be others. What stays at its address
-            can be trusted to have its dtype and size.
-    """
-    loop = native.layouts()
-    if loop is None:
-        return Asked(tensors, moves=moves)
-    words = sum(len(native.KIND) + 2 * tensor.dim() for tensor in tensors)
-    return Layout(loop, tensors, words, moves=moves)
-
-
-class Asked:
-    """A `Layout` without a loop."""
-
-    def __init__(self, tensors: Objects, *, moves: bool) -> None:
-        self._moves = moves
-        self.addresses, self._known = self._ask(tensors)
-
-    def fits(self, tensors: Objects) -> bool:
-        """As `Layout.fits`."""
-        try:
-            addresses, found = self._ask(tensors)
-        except RuntimeError:  # one has no address, as a sparse one
-            return False
-        if any(map(Tensor.is_neg, tensors)) or any(map(Tensor.is_conj, tensors)):
-            return False
-        if found != self._known or not (self._moves or np.array_equal(addresses, self.addresses)):
-            return False
-        self.addresses = addresses
-        return True
-
-    def _ask(self, tensors: Objects) -> tuple[Any, Any]:
-        each = tensors.tolist()
-        order = all(map(Tensor.is_contiguous, each)) or [*map(Tensor.stride, each)]
-        kind = [(x.dtype, x.shape, x.device) for x in each] if self._moves else None
-        return np.array([*map(Tensor.data_ptr, each)], np.uint64), (order, kind)
+def holdings(
+    params: Sequence[Tensor],
+    states: Sequence[Mapping[str, Any]],
+    slots: Sequence[str],
+    counts: Sequence[str],
+) -> Holdings:
+    """What a batch works on; the arguments are those of `Holdings`."""
+    looks = native.look() is not None and {*map(type, states)} == {dict}
+    return (Looked if looks else Holdings)(params, states, slots, counts)
 
 
 class Holdings:
-    """What parameters and their states hold.
+    """Parameters, their gradients and slots, and what else their states hold, as it is now.
 
     Args:
-        params: The parameters.
-        states: For each of them, the dict of its state.
-        names: What is to stay the same there.
+        params: The parameters, each with a gradient.
+        states: For each of them its state.
+        slots: The names there of tensors that lie as the parameter does.
+        counts: The names of what else is to stay.
+
+    Attributes:
+        addresses: For each parameter where it begins, its slots, and the last gradient that fitted.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], states: Sequence[Mapping[str, Any]], names: Sequence[str]
+        self,
+        params: Sequence[Tensor],
+        states: Sequence[Mapping[str, Any]],
+        slots: Sequence[str],
+        counts: Sequence[str],
     ) -> None:
-        self.params, self.states, self.names = array(params), array(states), array(names)
-        self.entries = array([*self._entries()])
-        self.loop = native.gradients() if {*map(type, states)} == {dict} else None
-        if self.loop is not None:
-            self._before = np.zeros((len(params), 2), np.uint64)
-            kept = (self._before, self.states, self.names)
-            self._of = self.loop.functions.ctypes.data, id(Tensor), id(_GRAD)
-            self._in = *(x.ctypes.data for x in kept), len(names), self.entries.ctypes.data
+        self._params, self._states, self._names = params, states, (*slots, *counts)
+        self._entries = [*self._held()]
+        columns = [params, *([state[slot] for state in states] for slot in slots)]
+        self._kept = [*chain.from_iterable(zip(*columns, strict=True))]
+        grads = [param.grad for param in params]
+        places = [[*map(Tensor.data_ptr, column)] for column in (*columns, grads)]
+        self.addresses = np.array(places, np.uint64).T.copy()
+        self._lie, self._kinds = _lie([*self._kept, *grads]), _kinds(grads)
 
-    def gradients(self) -> Objects | None:
-        """The gradients, if each is a `Tensor` itself, and all entries are the same; else None."""
-        if self.loop is None:
-            try:
-                same = all(map(is_, self._entries(), self.entries))
-            except KeyError:
-                return None
-            grads = array([param.grad for param in self.params])
-            return grads if same and {*map(type, grads)} == {Tensor} else None
-        n = len(self.params)
-        grads = np.empty(n, object)
-        at = *self._of, self.params.ctypes.data, n, grads.ctypes.data, *self._in
-        return grads if self.loop.call(*at) == n else None
+    def fit(self, helpers: int) -> bool:
+        """Whether all is as it was but the gradients, which are `Tensor`s themselves and lie alike.
 
-    def _entries(self) -> Iterable[Any]:
-        """What the states hold now.
+        Nothing may be negated or conjugated lazily.
+
+        Args:
+            helpers: How many other threads may look, too.
+        """
+        try:
+            if not all(map(is_, self._held(), self._entries)):
+                return False
+        except KeyError:
+            return False
+        grads = [param.grad for param in self._params]
+        if {*map(type, grads)} != {Tensor} or _kinds(grads) != self._kinds:
+            return False
+        tensors = [*self._kept, *grads]
+        if any(map(Tensor.is_neg, tensors)) or any(map(Tensor.is_conj, tensors)):
+            return False
+        try:
+            places = [*map(Tensor.data_ptr, tensors)]
+        except RuntimeError:  # one has no address, as a sparse one
+            return False
+        kept = self.addresses[:, :-1]
+        if not np.array_equal(np.reshape(places[: kept.size], kept.shape), kept):
+            return False
+        self.addresses[:, -1] = places[kept.size :]
+        if ((self.addresses[:, -1] == 0) != (kept[:, 0] == 0)).any():  # zeros without memory
+            return False
+        return bool(_lie(tensors) == self._lie)
+
+    def _held(self) -> Iterable[Any]:
+        """What the states hold.
 
         Raises:
             KeyError: one of them lacks a name.
         """
-        if not len(self.names):
+        if not self._names:
             return ()
-        found = map(itemgetter(*self.names), self.states)
-        return found if len(self.names) == 1 else chain.from_iterable(found)
+        found = map(itemgetter(*self._names), self._states)
+        return found if len(self._names) == 1 else chain.from_iterable(found)
+
+
+def _lie(tensors: Sequence[Tensor]) -> Any:
+    in_order = all(map(Tensor.is_contiguous, tensors)) or [*map(Tensor.stride, tensors)]
+    return [*map(Tensor.size, tensors)], in_order
+
+
+def _kinds(grads: Sequence[Tensor]) -> Any:
+    return [(grad.dtype, grad.device) for grad in grads]
+
+
+class Looked(Holdings):
+    """The same, looked at by compiled functions."""
+
+    def __init__(self, *held: Any) -> None:
+        super().__init__(*held)
+        look, n = native.look(), len(self._params)
+        if look is None:
+            raise RuntimeError("there is no compiled look here")
+        columns = self.addresses.shape[1] - 1
+        shapes = [(param.dim(), *param.shape, *param.stride()) for param in self._params]
+        begins = np.cumsum([0, *map(len, shapes)])[:-1]
+        firsts = np.arange(0, n, _SHARE)
+        kinds = [*map(native.kind_of, (*self._kept[:columns], self._params[0].grad))]
+        arrays = {
+            "known": look.known,
+            "starts": np.append(np.stack([firsts, begins[firsts]], axis=1), n),
+            "shapes": np.fromiter(chain.from_iterable(shapes), np.int64),
+            "kinds": np.array(kinds, np.int64),
+            "kept": array(self._kept),
+            "addresses": self.addresses,
+            "grads": np.zeros(n, np.uint64),
+            "states": array(self._states),
+            "names": array(self._names),
+            "entries": array(self._entries),
+        }
+        told = {name: each.ctypes.data for name, each in arrays.items()}
+        told |= {"columns": columns, "last": columns * n - 1, "n": n}
+        told |= {"n_names": len(self._names)}
+        self._alive = arrays
+        self._job = pool.Job(
+            look.tensors,
+            len(firsts),
+            [told[name] for name in native.TOLD],
+            first=look.entries if self._names else 0,
+            linger=pool.LINGER,
+        )
+
+    def fit(self, helpers: int) -> bool:
+        return not self._job.do(helpers, locked=True)
+
+
+_SHARE = 64  # parameters that a thread looks at at once

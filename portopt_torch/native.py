@@ -1,261 +1,489 @@
-"""Compiled loops over Python's objects of many tensors, which every step looks at.
+"""A compiled look at all that a step works on: which objects, and where and how they lie in memory.
 
-They call what CPython and PyTorch export to C, and know where an object has its type and its tensor
-because Python tells both: `places` looks for them. They hold Python's lock.
+It calls what CPython and PyTorch export to C, and for what these lack what PyTorch exports to C++.
+Where an object of Python has its type and its tensor, and a tensor its object, is found by looking.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from portopt.kernels import compiler
-from portopt.kernels.compiler import Loop
-from portopt.kernels.loops import COMPARE, fetch
+from portopt.kernels import compiler, cpu, pool
+from portopt.kernels.layout import Objects
+from portopt.kernels.loops import fetch
 
-KIND = ("layout", "dtype", "device_type", "device_index", "dim")
-"""What a tensor is asked first: numbers."""
-_REST = ("sizes", "strides", "data_ptr")
-"""The rest: all are PyTorch's stable C interface, ``torch/csrc/inductor/aoti_torch/c/shim.h``."""
-_LAZY = ("_ZN2at6native6is_negERKNS_6TensorE", "_ZN2at6native7is_conjERKNS_6TensorE")
-"""What C lacks: whether the elements are the negatives, or the conjugates, of those in memory."""
+KIND = ("dtype", "layout", "device_type", "device_index")
+_SHAPE = ("dim", "sizes", "strides", "data_ptr")
+_ASKED = (*KIND, *_SHAPE)
+_LAZY = ("is_neg", "is_conj")
+_SYMBOLS = {
+    # PyTorch's stable interface, ``torch/csrc/inductor/aoti_torch/c/shim.h``.
+    **{name: f"aoti_torch_get_{name}" for name in _ASKED},
+    # What that lacks: whether the elements are the negatives, or the conjugates, of those in
+    # memory; and the gradient.
+    **{name: f"_ZN2at6native{len(name)}{name}ERKNS_6TensorE" for name in _LAZY},
+    "grad": "_ZNK3c1010TensorImpl4gradEv",
+}
+_KNOWN = (*_SYMBOLS, "item", "type", "none")
+"""What a look is told of the process: functions, the class `Tensor`, the C++ tensor for none."""
+
+TOLD = (
+    *("known", "starts", "shapes", "kinds", "kept", "columns", "last", "addresses", "grads", "n"),
+    *("states", "names", "n_names", "entries"),
+)
+"""What the job of a `Look` is told: ``columns``, ``last``, ``n`` and ``n_names`` are numbers, the
+others are addresses of arrays of 64-bit words. It says 1 if something is not as it was.
+
+For each of ``n`` parameters, ``kept`` has the objects of ``columns`` tensors, it and its slots;
+``last`` is the place of the last of them all. ``addresses`` has where these begin, and then takes
+where the gradient does. ``kinds`` has what `kind_of` tells of each column and then of gradients; of
+what stays at its address, the dtype alone is asked.
+``shapes`` has for each parameter its number of dimensions, its sizes and its strides, which its
+gradient and slots must have too; dimensions of one element, or none, may have any stride.
+``starts`` has for each share its first parameter and the place of its shape; at the end ``n``.
+
+``states`` has for each parameter a dict, which must have under each of ``n_names`` ``names`` just
+what ``entries`` has. ``grads`` has the addresses of the last gradients' C++ tensors, as those of
+the next will often be the same.
+"""
+_NUMBERS = ("columns", "last", "n", "n_names")
+
+
+class Look(NamedTuple):
+    """The functions of a job.
+
+    Attributes:
+        tensors: Where the kernel begins that looks at tensors.
+        entries: Where the function begins that looks at dicts, which needs Python's lock.
+        known: What both are told of the process.
+    """
+
+    tensors: int
+    entries: int
+    known: npt.NDArray[np.uint64]
 
 
 @cache
-def layouts() -> Loop | None:
-    """The loop over layouts; None if there can be none here.
-
-    It is one of ``(functions, objects, addresses, known, n, learn, place)``, and returns how many
-    of ``n`` objects of tensors lie as known, none of them negated or conjugated lazily: ``known``
-    has for each its `KIND`, its sizes and its strides, all int64, and ``addresses`` where it
-    begins. ``learn`` and ``place`` say whether the former and the latter are to be noted instead.
-    """
-    library = ctypes.PyDLL(torch._C.__file__)
-    names = (*(f"aoti_torch_get_{name}" for name in (*KIND, *_REST)), *_LAZY)
-    functions = [getattr(library, name, None) for name in names]
-    places = _places()
-    if places is None or None in functions or not compiler.available():
+def look() -> Look | None:
+    """The look at tensors and dicts; None if there can be none here."""
+    functions = _functions()
+    if functions is None or not compiler.available():
         return None
-    asks = [_ask(name, place) for place, name in enumerate((*KIND, *_REST))]
-    text = COMPARE + _LAYOUTS.format(
-        n_answers=len(asks),
-        n_bytes=8 * len(asks),
+    places = _places()
+    if places is None:
+        return None
+    asks = [_ask(name, place) for place, name in enumerate(_ASKED)]
+    lazy = "\n".join(_call(f"%{name} = call i8", name, "ptr %tensor") for name in _LAZY)
+    text = _LIES.format(
+        n_answers=len(_ASKED),
+        n_bytes=8 * len(_ASKED),
         n_kind=len(KIND),
-        at=places.tensor,
-        fetch=fetch("object", 24, [places.tensor])
-        + fetch("tensor", 16, [0, 64, 128, 192], through=[places.tensor])
-        + fetch("storage", 8, [0], through=[places.tensor, _STORAGE]),
-        ask_lazy="".join(_ask_lazy(number, len(asks) + number) for number in range(len(_LAZY))),
-        ask_kind="".join(asks[: len(KIND)]),
-        ask_rest="".join(asks[len(KIND) :]),
+        lazy=lazy,
+        ask_dtype=asks[0],
+        ask_kind="\n".join(asks[1 : len(KIND)]),
+        ask_shape="\n".join(asks[len(KIND) :]),
     )
-    pointers, flags = [ctypes.c_void_p] * 4, [ctypes.c_bool] * 2
-    return compiler.loop(text, functions, [*pointers, ctypes.c_int64, *flags])
+    text += pool.kernel(
+        [_told(name) for name in TOLD[:10]],
+        _LOOK.format(
+            ask_grad=_call("%grad = call ptr", "grad", "ptr %impl"),
+            at=places.tensor,
+            type_at=places.type,
+            object_at=places.object,
+            the_type=_KNOWN.index("type"),
+            none=_KNOWN.index("none"),
+            n_kind=len(KIND),
+            fetch="".join(_fetches(places)),
+            soon="".join(
+                f"%soon.{line} = getelementptr i8, ptr %soon, i64 {line}\n"
+                f"call void @llvm.prefetch.p0(ptr %soon.{line}, i32 0, i32 3, i32 1)\n"
+                for line in (0, 64, 128)
+            ),
+        ),
+    )
+    text += pool.function(
+        "entries",
+        {TOLD.index(name): _told(name) for name in _OF_ENTRIES},
+        _ENTRIES.format(
+            ask=_call("%found = call ptr", "item", "ptr %state, ptr %key"),
+            fetch=fetch("dict", 24, [0, 32], objects="states")
+            + fetch("keys", 16, [0, 64, 128], through=[_KEYS], objects="states"),
+        ),
+    )
+    functions["item"] = ctypes.pythonapi.PyDict_GetItemWithError
+    addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions.values()]
+    known = np.array([*addresses, id(Tensor), places.none], np.uint64)
+    return Look(*compiler.compiled(text, "kernel", "entries"), known)
 
 
-@cache
-def gradients() -> Loop | None:
-    """The loop over gradients and states; None if there can be none here.
+def kind_of(tensor: Tensor) -> list[int]:
+    """What is to stay the same of a tensor, beside its shape: `KIND`, as PyTorch numbers it.
 
-    It is one of ``(functions, type, name, objects, n, grads, before, states, names, n_names,
-    entries)``, and returns for how many of ``n`` objects the attribute of that ``name`` has just
-    that ``type``, and the dict of that place in ``states`` has for each of ``names`` what is in
-    ``entries``. ``grads`` takes the attributes: an array of objects. ``before`` has two addresses
-    for each parameter, which will likely be looked at because they were the last time.
+    Raises:
+        RuntimeError: there is no look.
     """
-    places = _places()
-    if places is None or not compiler.available():
+    functions, places = _functions(), _places()
+    if functions is None or places is None:
+        raise RuntimeError("PyTorch's tensors do not lie as expected")
+    handle, answer, found = ctypes.c_void_p(id(tensor) + places.tensor), ctypes.c_uint32(), []
+    for name in KIND:
+        functions[name](handle, ctypes.byref(answer))
+        found.append(answer.value)
+    return found
+
+
+def _functions() -> dict[str, Any] | None:
+    """PyTorch's functions; None if it lacks one."""
+    library = ctypes.PyDLL(torch._C.__file__)
+    functions = {name: getattr(library, symbol, None) for name, symbol in _SYMBOLS.items()}
+    return None if None in functions.values() else functions
+
+
+def bump(tensors: Objects) -> tuple[cpu.First, Objects | npt.NDArray[np.uint64]] | None:
+    """What raises the version counters of tensors, as every write in place does; None if not here.
+
+    Args:
+        tensors: The tensors. They, and what comes along with the answer, must live as long.
+    """
+    one, places = getattr(ctypes.PyDLL(torch._C.__file__), _BUMP_ONE, None), _places()
+    if one is None or places is None or any(map(Tensor.is_inference, tensors)):
         return None
-    text = _GRADIENTS.format(
+    body = _BUMP.format(
         at=places.tensor,
-        type_at=places.type,
-        fetch=fetch("object", 24, [places.tensor])
-        + fetch("tensor", 16, [0, 64, 128, 192], through=[places.tensor])
-        + fetch("meta", 8, [0, 64], through=[places.tensor, _META])
-        + fetch("dict", 24, [0, 32], objects="states")
-        + fetch("keys", 16, [0, 64, 128], through=[_KEYS], objects="states"),
+        fetch=fetch("tensor", 16, [0], through=[places.tensor])
+        + fetch("version", 8, [0], through=[places.tensor, _VERSION]),
     )
-    names = ("PyObject_GetAttr", "PyDict_GetItemWithError", "Py_DecRef")
-    functions = [getattr(ctypes.pythonapi, name) for name in names]
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    kinds = [*[pointer] * 4, integer, *[pointer] * 4, integer, pointer]
-    return compiler.loop(text, functions, kinds)
+    text = pool.function("bump", {cpu.FIRST: "ptr %known"}, body)
+    address = ctypes.cast(one, ctypes.c_void_p).value
+    known = np.array([address, len(tensors), tensors.ctypes.data], np.uint64)
+    return cpu.First(*compiler.compiled(text, "bump"), known.ctypes.data), known
+
+
+_BUMP_ONE = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
 
 
 class _Places(NamedTuple):
-    """Where an object of a tensor has, in bytes from its begin, its type and its C++ tensor."""
+    """Where things are, in bytes from the begin of what has them.
+
+    Attributes:
+        type: In an object of Python: its type.
+        tensor: In the object of a tensor: the address of the tensor in C++.
+        object: In that: the address of its object, whose last bit may mean something else; 0 if it
+            has none.
+        none: The address of the tensor in C++ that stands for none.
+    """
 
     type: int
     tensor: int
+    object: int
+    none: int
 
 
 # Only what is fetched ahead depends on these: where they are not right, it costs some speed.
-_STORAGE, _META = 16, 24  # in a tensor of C++, the addresses of its storage and of its gradient
+# In a tensor of C++, the addresses of its storage, of its gradient, and of its version.
+_STORAGE, _META, _VERSION = 16, 24, 40
 _KEYS = 32  # in a dict, the address of its table
 
 
 @cache
 def _places() -> _Places | None:
-    sample, word = torch.empty(0), ctypes.c_size_t
+    functions = _functions()
+    sample, size = torch.empty(0), ctypes.sizeof(ctypes.c_size_t)
 
-    def find(value: int) -> int | None:
-        offsets = range(0, Tensor.__basicsize__, ctypes.sizeof(word))
-        found = (at for at in offsets if word.from_address(id(sample) + at).value == value)
-        return next(found, None)
+    def find(value: int, begin: int, end: int) -> int | None:
+        words = (ctypes.c_size_t * (end // size)).from_address(begin)
+        return next(
+            (size * place for place, word in enumerate(words) if word | 1 == value | 1), None
+        )
 
-    own_type, tensor = find(id(type(sample))), find(sample._cdata)
-    return None if own_type is None or tensor is None else _Places(own_type, tensor)
+    own_type = find(id(type(sample)), id(sample), Tensor.__basicsize__)
+    tensor = find(sample._cdata, id(sample), Tensor.__basicsize__)
+    own_object = find(id(sample), sample._cdata, _LEAST)
+    if functions is None or own_type is None or tensor is None or own_object is None:
+        return None
+    functions["grad"].restype = ctypes.c_void_p
+    none = functions["grad"](ctypes.c_void_p(sample._cdata))
+    return _Places(own_type, tensor, own_object, ctypes.c_size_t.from_address(none).value)
 
 
-def _ask_lazy(number: int, place: int) -> str:
-    """Lines that have the function at that place say yes or no of ``%tensor``."""
-    return f"""\
-%lazy.function.at.{number} = getelementptr ptr, ptr %functions, i64 {place}
-%lazy.function.{number} = load ptr, ptr %lazy.function.at.{number}
-%lazy.{number} = call i8 %lazy.function.{number}(ptr %tensor)
-"""
+_LEAST = 128
+"""So many bytes a tensor has in C++ at least."""
+_OF_ENTRIES = ("known", "n", "states", "names", "n_names", "entries")
+
+
+def _told(name: str) -> str:
+    return f"{'i64' if name in _NUMBERS else 'ptr'} %{name}"
+
+
+def _call(result: str, name: str, arguments: str) -> str:
+    """Lines that call one of the known functions."""
+    return (
+        f"%{name}.at = getelementptr ptr, ptr %known, i64 {_KNOWN.index(name)}\n"
+        f"%{name}.function = load ptr, ptr %{name}.at\n"
+        f"{result} %{name}.function({arguments})"
+    )
 
 
 def _ask(name: str, place: int) -> str:
-    """Lines that have the function at that place answer for ``%tensor``."""
-    return f"""\
-%{name}.function.at = getelementptr ptr, ptr %functions, i64 {place}
-%{name}.function = load ptr, ptr %{name}.function.at
-%{name}.to = getelementptr i64, ptr %answers, i64 {place}
-%{name}.error = call i32 %{name}.function(ptr %tensor, ptr %{name}.to)
-"""
+    """Lines that have a known function answer for ``%tensor``."""
+    return f"%{name}.to = getelementptr i64, ptr %answers, i64 {place}\n" + _call(
+        f"%{name}.error = call i32", name, f"ptr %tensor, ptr %{name}.to"
+    )
 
 
-_LAYOUTS = """\
-define i64 @kernel(
-ptr %functions, ptr %objects, ptr %addresses, ptr %words, i64 %n, i1 %learn, i1 %place
-) {{
+def _fetches(places: _Places) -> Iterator[str]:
+    def ahead(name: str, rounds: int, lines: Sequence[int], through: Sequence[int]) -> str:
+        return fetch(name, rounds, lines, through=through, objects="kept", index="j")
+
+    yield ahead("object", 24, [places.tensor], [])
+    yield ahead("tensor", 16, [0, 64, 128, 192], [places.tensor])
+    yield ahead("storage", 8, [0], [places.tensor, _STORAGE])
+    yield ahead("meta", 8, [0, 64], [places.tensor, _META])
+
+
+_LIES = """\
+define private i1 @lies(ptr %known, ptr %tensor, ptr %kind, ptr %shape, ptr %address, i1 %stays) {{
 %answers = alloca [{n_answers} x i64]
 ; Some answers fill half a word.
 call void @llvm.memset.p0.i64(ptr %answers, i8 0, i64 {n_bytes}, i1 false)
-%last = sub i64 %n, 1
-br label %next
-next:
-%i = phi i64 [0, %0], [%i.next, %noted]
-%to = phi ptr [%words, %0], [%to.next, %noted]
-%more = icmp ult i64 %i, %n
-br i1 %more, label %begin, label %done
-begin:
-{fetch}
-%object.at = getelementptr ptr, ptr %objects, i64 %i
-%object = load ptr, ptr %object.at
-%tensor = getelementptr i8, ptr %object, i64 {at}
-{ask_lazy}
-%lazy = or i8 %lazy.0, %lazy.1
+{lazy}
+%lazy = or i8 %is_neg, %is_conj
 %plain = icmp eq i8 %lazy, 0
-br i1 %plain, label %look, label %done
-look:
+br i1 %plain, label %ask, label %no
+ask:
+{ask_dtype}
+%n.kind = select i1 %stays, i64 1, i64 {n_kind}
+br i1 %stays, label %ask.shape, label %ask.kind
+ask.kind:
 {ask_kind}
-%kind.is = call i1 @is_as(ptr %to, ptr %answers, i64 {n_kind}, i1 %learn)
-br i1 %kind.is, label %measure, label %done
-measure:
-{ask_rest}
+br label %ask.shape
+ask.shape:
+{ask_shape}
 %error.0 = or i32 %sizes.error, %strides.error
 %error = or i32 %error.0, %data_ptr.error
 %answered = icmp eq i32 %error, 0
-br i1 %answered, label %check, label %done
-check:
+br i1 %answered, label %kinds, label %no
+kinds:
+%k = phi i64 [0, %ask.shape], [%k.next, %kind.is]
+%k.more = icmp ult i64 %k, %n.kind
+br i1 %k.more, label %look.kind, label %measure
+look.kind:
+%k.next = add i64 %k, 1
+%kind.at = getelementptr i64, ptr %kind, i64 %k
+%answer.at = getelementptr i64, ptr %answers, i64 %k
+%wanted = load i64, ptr %kind.at
+%answer = load i64, ptr %answer.at
+%alike = icmp eq i64 %answer, %wanted
+br i1 %alike, label %kind.is, label %no
+kind.is:
+br label %kinds
+measure:
 %dim = load i64, ptr %dim.to
+%dim.known = load i64, ptr %shape
+%dim.is = icmp eq i64 %dim, %dim.known
 %sizes = load ptr, ptr %sizes.to
 %strides = load ptr, ptr %strides.to
-%to.sizes = getelementptr i64, ptr %to, i64 {n_kind}
-%to.next = getelementptr [2 x i64], ptr %to.sizes, i64 %dim
-%address.at = getelementptr ptr, ptr %addresses, i64 %i
-%all.is = call i1 @lies_as(
-ptr %to.sizes, ptr %sizes, ptr %strides, i64 %dim, ptr %address.at, ptr %data_ptr.to,
-i1 %learn, i1 %place
-)
-br i1 %all.is, label %noted, label %done
-noted:
-%i.next = add i64 %i, 1
-br label %next
-done:
-ret i64 %i
+%sizes.known = getelementptr i64, ptr %shape, i64 1
+%strides.known = getelementptr i64, ptr %sizes.known, i64 %dim
+br i1 %dim.is, label %dims, label %no
+dims:
+%d = phi i64 [0, %measure], [%d.next, %dim.same]
+%d.more = icmp ult i64 %d, %dim
+br i1 %d.more, label %compare, label %yes
+compare:
+%d.next = add i64 %d, 1
+%size.at = getelementptr i64, ptr %sizes, i64 %d
+%size.known.at = getelementptr i64, ptr %sizes.known, i64 %d
+%size = load i64, ptr %size.at
+%size.known = load i64, ptr %size.known.at
+%size.is = icmp eq i64 %size, %size.known
+br i1 %size.is, label %compare.stride, label %no
+compare.stride:
+%stride.at = getelementptr i64, ptr %strides, i64 %d
+%stride.known.at = getelementptr i64, ptr %strides.known, i64 %d
+%stride = load i64, ptr %stride.at
+%stride.known = load i64, ptr %stride.known.at
+%stride.is = icmp eq i64 %stride, %stride.known
+%short = icmp ule i64 %size, 1
+%stride.fits = or i1 %stride.is, %short
+br i1 %stride.fits, label %dim.same, label %no
+dim.same:
+br label %dims
+yes:
+%found = load i64, ptr %data_ptr.to
+store i64 %found, ptr %address
+ret i1 true
+no:
+ret i1 false
 }}
 """
 
-_GRADIENTS = """\
-define i64 @kernel(
-ptr %functions, ptr %type, ptr %name, ptr %objects, i64 %n, ptr %grads, ptr %before, ptr %states,
-ptr %names, i64 %n_names, ptr %entries
-) {{
-%item.at = getelementptr ptr, ptr %functions, i64 1
-%drop.at = getelementptr ptr, ptr %functions, i64 2
-%attribute = load ptr, ptr %functions
-%item = load ptr, ptr %item.at
-%drop = load ptr, ptr %drop.at
+_LOOK = """\
+open:
+%start = getelementptr [2 x i64], ptr %starts, i64 %share
+%start.shape = getelementptr i64, ptr %start, i64 1
+%stop = getelementptr i64, ptr %start, i64 2
+%first = load i64, ptr %start
+%shape.in = load i64, ptr %start.shape
+%end = load i64, ptr %stop
+%shape.first = getelementptr i64, ptr %shapes, i64 %shape.in
+%width = add i64 %columns, 1
+br label %next
+next:
+%i = phi i64 [%first, %open], [%i.next, %noted]
+%shape = phi ptr [%shape.first, %open], [%shape.next, %noted]
+%more = icmp ult i64 %i, %end
+br i1 %more, label %begin, label %given
+begin:
+%i.next = add i64 %i, 1
+%dim = load i64, ptr %shape
+%shape.words = getelementptr i64, ptr %shape, i64 1
+%shape.next = getelementptr [2 x i64], ptr %shape.words, i64 %dim
+%row = mul i64 %i, %columns
+%addresses.in = mul i64 %i, %width
+%addresses.own = getelementptr i64, ptr %addresses, i64 %addresses.in
+%soon.later = add i64 %i, 8
+%soon.final = sub i64 %n, 1
+%soon.i = call i64 @llvm.umin.i64(i64 %soon.later, i64 %soon.final)
+%soon.at = getelementptr ptr, ptr %grads, i64 %soon.i
+%soon = load ptr, ptr %soon.at
+{soon}
+br label %column
+column:
+%c = phi i64 [0, %begin], [%c.next, %stays]
+%c.more = icmp ult i64 %c, %columns
+br i1 %c.more, label %tensor, label %gradient
+tensor:
+%c.next = add i64 %c, 1
+%j = add i64 %row, %c
+{fetch}
+%kept.at = getelementptr ptr, ptr %kept, i64 %j
+%kept.object = load ptr, ptr %kept.at
+%kept.tensor = getelementptr i8, ptr %kept.object, i64 {at}
+%kept.kind = getelementptr [{n_kind} x i64], ptr %kinds, i64 %c
+%kept.address = getelementptr i64, ptr %addresses.own, i64 %c
+%before = load i64, ptr %kept.address
+%kept.lies = call i1 @lies(
+ptr %known, ptr %kept.tensor, ptr %kept.kind, ptr %shape, ptr %kept.address,
+i1 true
+)
+%now = load i64, ptr %kept.address
+%same = icmp eq i64 %now, %before
+%stays.too = and i1 %kept.lies, %same
+br i1 %stays.too, label %stays, label %fail
+stays:
+br label %column
+gradient:
+%param.at = getelementptr ptr, ptr %kept, i64 %row
+%param = load ptr, ptr %param.at
+%impl.at = getelementptr i8, ptr %param, i64 {at}
+%impl = load ptr, ptr %impl.at
+{ask_grad}
+%grad.impl = load ptr, ptr %grad
+%none.at = getelementptr ptr, ptr %known, i64 {none}
+%none = load ptr, ptr %none.at
+%is.none = icmp eq ptr %grad.impl, %none
+br i1 %is.none, label %fail, label %classify
+classify:
+%object.at = getelementptr i8, ptr %grad.impl, i64 {object_at}
+%object.word = load i64, ptr %object.at
+%object.bare = and i64 %object.word, -2
+%no.object = icmp eq i64 %object.bare, 0
+br i1 %no.object, label %measure, label %classified
+classified:
+%object = inttoptr i64 %object.bare to ptr
+%type.at = getelementptr i8, ptr %object, i64 {type_at}
+%type = load ptr, ptr %type.at
+%the.type.at = getelementptr ptr, ptr %known, i64 {the_type}
+%the.type = load ptr, ptr %the.type.at
+%is.tensor = icmp eq ptr %type, %the.type
+br i1 %is.tensor, label %measure, label %fail
+measure:
+%grad.kind = getelementptr [{n_kind} x i64], ptr %kinds, i64 %columns
+%grad.address = getelementptr i64, ptr %addresses.own, i64 %columns
+%grad.lies = call i1 @lies(
+ptr %known, ptr %grad, ptr %grad.kind, ptr %shape, ptr %grad.address, i1 false
+)
+br i1 %grad.lies, label %place, label %fail
+place: ; one that stands for zeros has elements, but no memory
+%param.address = load i64, ptr %addresses.own
+%grad.begin = load i64, ptr %grad.address
+%param.nowhere = icmp eq i64 %param.address, 0
+%grad.nowhere = icmp eq i64 %grad.begin, 0
+%both = icmp eq i1 %param.nowhere, %grad.nowhere
+br i1 %both, label %noted, label %fail
+noted:
+%grads.at = getelementptr ptr, ptr %grads, i64 %i
+store ptr %grad.impl, ptr %grads.at
+br label %next
+fail:
+store atomic i64 1, ptr %job.said monotonic, align 8
+br label %given
+"""
+
+_ENTRIES = """\
 %last = sub i64 %n, 1
 br label %next
 next:
-%i = phi i64 [0, %0], [%i.next, %noted]
+%i = phi i64 [0, %0], [%i.next, %entry]
 %more = icmp ult i64 %i, %n
 br i1 %more, label %begin, label %done
 begin:
 {fetch}
-%before.at = getelementptr [2 x ptr], ptr %before, i64 %i
-%soon.at = getelementptr [2 x ptr], ptr %before, i64 %meta.i
-%soon.tensor.at = getelementptr ptr, ptr %soon.at, i64 1
-%soon.object = load ptr, ptr %soon.at
-%soon.tensor = load ptr, ptr %soon.tensor.at
-%soon.tensor.1 = getelementptr i8, ptr %soon.tensor, i64 64
-%soon.tensor.2 = getelementptr i8, ptr %soon.tensor, i64 128
-call void @llvm.prefetch.p0(ptr %soon.object, i32 1, i32 3, i32 1)
-call void @llvm.prefetch.p0(ptr %soon.tensor, i32 1, i32 3, i32 1)
-call void @llvm.prefetch.p0(ptr %soon.tensor.1, i32 1, i32 3, i32 1)
-call void @llvm.prefetch.p0(ptr %soon.tensor.2, i32 1, i32 3, i32 1)
+%i.next = add i64 %i, 1
 %state.at = getelementptr ptr, ptr %states, i64 %i
 %state = load ptr, ptr %state.at
 %row = mul i64 %i, %n_names
 %row.at = getelementptr ptr, ptr %entries, i64 %row
 br label %entry
 entry:
-%j = phi i64 [0, %begin], [%j.next, %entry.look]
-%entry.more = icmp ult i64 %j, %n_names
-br i1 %entry.more, label %entry.ask, label %take
-entry.ask:
-%key.at = getelementptr ptr, ptr %names, i64 %j
+%k = phi i64 [0, %begin], [%k.next, %is]
+%k.more = icmp ult i64 %k, %n_names
+br i1 %k.more, label %ask, label %next
+ask:
+%k.next = add i64 %k, 1
+%key.at = getelementptr ptr, ptr %names, i64 %k
 %key = load ptr, ptr %key.at
-%wanted.at = getelementptr ptr, ptr %row.at, i64 %j
+%wanted.at = getelementptr ptr, ptr %row.at, i64 %k
 %wanted = load ptr, ptr %wanted.at
-%found = call ptr %item(ptr %state, ptr %key)
-%entry.is = icmp eq ptr %found, %wanted
-br i1 %entry.is, label %entry.look, label %done
-entry.look:
-%j.next = add i64 %j, 1
+{ask}
+%same = icmp eq ptr %found, %wanted
+br i1 %same, label %is, label %fail
+is:
 br label %entry
-take:
-%own.at = getelementptr ptr, ptr %objects, i64 %i
-%own = load ptr, ptr %own.at
-%grad = call ptr %attribute(ptr %own, ptr %name)
-%none = icmp eq ptr %grad, null
-br i1 %none, label %done, label %keep
-keep:
-%grad.to = getelementptr ptr, ptr %grads, i64 %i
-%old = load ptr, ptr %grad.to
-store ptr %grad, ptr %grad.to
-call void %drop(ptr %old)
-%type.at = getelementptr i8, ptr %grad, i64 {type_at}
-%own.type = load ptr, ptr %type.at
-%is.tensor = icmp eq ptr %own.type, %type
-br i1 %is.tensor, label %noted, label %done
-noted:
-%tensor.at = getelementptr i8, ptr %grad, i64 {at}
-%tensor = load ptr, ptr %tensor.at
-%before.tensor.at = getelementptr ptr, ptr %before.at, i64 1
-store ptr %grad, ptr %before.at
-store ptr %tensor, ptr %before.tensor.at
+fail:
+store atomic i64 1, ptr %job.said monotonic, align 8
+br label %done
+done:
+ret void"""
+
+_BUMP = """\
+%n.at = getelementptr i64, ptr %known, i64 1
+%objects.at = getelementptr ptr, ptr %known, i64 2
+%function = load ptr, ptr %known
+%n = load i64, ptr %n.at
+%objects = load ptr, ptr %objects.at
+%last = sub i64 %n, 1
+br label %next
+next:
+%i = phi i64 [0, %0], [%i.next, %raise]
+%more = icmp ult i64 %i, %n
+br i1 %more, label %raise, label %done
+raise:
+{fetch}
 %i.next = add i64 %i, 1
+%object.at = getelementptr ptr, ptr %objects, i64 %i
+%object = load ptr, ptr %object.at
+%tensor = getelementptr i8, ptr %object, i64 {at}
+call void %function(ptr %tensor)
 br label %next
 done:
-ret i64 %i
-}}
-"""
+ret void"""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from portopt.program import Program
 from portopt.rules import Around, HyperparameterError, Rule
@@ -24,6 +27,31 @@ NATIVE_WORDS = {
     "nesterov": "Nesterov momentum requires a momentum and zero dampening",
 }
 """How the optimizers of ``torch.optim`` begin their errors, where not with its name."""
+
+
+def _quiet(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step`` as ``torch.optim.Optimizer`` wraps it, which takes longer than a small step itself.
+
+    That is left out where it does nothing: where there are no hooks, and nobody records functions.
+    """
+    wrapped = torch.optim.Optimizer.profile_hook_step(step)
+    is_recorded = getattr(ctypes.PyDLL(torch._C.__file__), "_ZN2at12hasCallbacksEv", lambda: True)
+    is_recorded.restype = ctypes.c_bool
+
+    @functools.wraps(step)
+    def quiet(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        needed = (
+            torch.compiler.is_compiling()
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or is_recorded()
+        )
+        return (wrapped if needed else step)(self, *args, **kwargs)
+
+    quiet.hooked = True  # type: ignore[attr-defined]  # so that the base class leaves it alone
+    return quiet
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -102,6 +130,7 @@ class Optimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    @_quiet
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -117,13 +146,16 @@ class Optimizer(torch.optim.Optimizer):
             TypeError: a parameter with a gradient has a dtype other than float16, bfloat16,
                 float32, float64 and their complex kin; nothing is changed then.
         """
-        if not all(group.get("train_mode", True) for group in self.param_groups):
-            raise RuntimeError("the weights are those of eval(): call train() first")
+        for group in self.param_groups:
+            if not group.get("train_mode", True):
+                raise RuntimeError("the weights are those of eval(): call train() first")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         rest = self._launch(compiling=torch.compiler.is_compiling())
+        if not rest:
+            return loss
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             for scalars, members in rest:
                 plain.update(scalars, members)

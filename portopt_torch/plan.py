@@ -171,7 +171,9 @@ class Plan(NamedTuple):
     @property
     def on_device(self) -> bool:
         """Whether the host knows nothing of the steps, so that nothing may ask it to wait."""
-        return bool(self.batches) and not self.rest and all(b.on_device for b in self.batches)
+        if self.rest or not self.batches or not self.batches[0].on_device:
+            return False
+        return all(batch.on_device for batch in self.batches)
 
     def grad_norm(self) -> Any:
         """The 2-norm of all gradients together: a number, or a tensor of one on the device."""
@@ -232,7 +234,7 @@ def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
             continue
         stored = [param, gradient(param), *(own[slot] for slot in slots)]
         places = [(own[name].device, own[name].dtype) for name in counts]
-        kind = [param.device, *places, storage(stored)]
+        kind = [param.device, *places, param.is_complex(), storage(stored)]
         alike.setdefault((program, *kind), []).append(member)
     return Plan(
         asked=asked,
@@ -397,8 +399,8 @@ def _refusal(tensors: Sequence[Tensor], counts: Sequence[Tensor]) -> str | None:
             return f"a tensor is on device {tensor.device}"
         if tensor.dtype not in STORAGE:
             return f"a tensor has dtype {tensor.dtype}"
-        if tensor.is_conj() or tensor.is_neg():
-            return "a tensor is a lazy conjugate or negative"
+        if tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor():
+            return "a tensor is a lazy conjugate or negative, or zeros without memory"
         if not cpu.is_dense(param.shape, param.stride()):
             return "a parameter has gaps in its memory"
         if tensor.shape != param.shape or _strides(tensor) != _strides(param):

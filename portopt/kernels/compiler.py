@@ -17,10 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Kernel = Callable[[int, int, int, int], int]
-"""``kernel(table, spans, n_spans, counter)``, all addresses but ``n_spans``; holds no lock, and
-returns how many spans are done."""
-
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child must not inherit LLVM at work
     os.register_at_fork(
@@ -35,49 +31,49 @@ def available() -> bool:
 
 def computes_half() -> bool:
     """Whether this processor converts float16 by itself; a kernel has no library to ask."""
-    _, _, processor = _host()
-    return not processor.startswith(("x86_64", "i686")) or "+f16c" in processor
+    return not processor().startswith(("x86_64", "i686")) or "+f16c" in processor()
 
 
-def compiled(text: str) -> Kernel:
-    """The function ``kernel`` that ``text`` defines; made once in a process.
+def processor() -> str:
+    """This processor as LLVM describes it: its kind first."""
+    return _host()[2]
 
-    Its machine code comes from the cache folder, or goes there: ``PORTOPT_CACHE_DIR``, else
-    ``portopt`` in the user's cache folder. A folder that cannot be written, or a file there that is
-    not whole, only costs the time to compile.
+
+def compiled(text: str, *names: str) -> tuple[int, ...]:
+    """Where the machine code of functions begins that ``text`` defines; made once in a process.
+
+    It comes from the cache folder, or goes there: ``PORTOPT_CACHE_DIR``, else ``portopt`` in the
+    user's cache folder. A folder that cannot be written, or a file there that is not whole, only
+    costs the time to compile.
 
     Raises:
         ModuleNotFoundError: llvmlite is not installed.
     """
-    address, integer = ctypes.c_void_p, ctypes.c_int64
     with _lock:  # two threads with the same first step compile once
-        return ctypes.CFUNCTYPE(integer, address, address, integer, address)(_compiled(text))
+        return _compiled(text, names)
 
 
 @cache
-def _compiled(text: str) -> int:
-    """Where the function's machine code begins."""
+def _compiled(text: str, names: tuple[str, ...]) -> tuple[int, ...]:
     from llvmlite import binding
 
-    machine, jit, processor = _host()
+    machine, jit, host = _host()
     # The text says all about the kernel, the rest all about who turns it into what for whom.
     version = binding.llvm_version_info
-    key = _digest(repr((text, processor, version)), b"").hex()
+    key = _digest(repr((text, host, version)), b"").hex()
     code = _read(key)
     if code is None:
         module = binding.parse_assembly(text)
         module.verify()
         code = machine.emit_object(module)
         _write(key, code)
-    library = (
-        binding.JITLibraryBuilder()
-        .add_object_img(code)
-        .add_current_process()  # for exp and log, which are the C library's
-        .export_symbol("kernel")
-        .link(jit, f"{key} {next(_links)}")  # an interrupted one keeps its name
-    )
-    _libraries.append(library)
-    return int(library["kernel"])
+    builder = binding.JITLibraryBuilder().add_object_img(code)
+    builder.add_current_process()  # for exp and log, which are the C library's
+    for name in names:
+        builder.export_symbol(name)
+    library = builder.link(jit, f"{key} {next(_links)}")  # an interrupted one keeps its name
+    _keep(library)
+    return tuple(int(library[name]) for name in names)
 
 
 class Loop(NamedTuple):
@@ -101,13 +97,17 @@ def loop(text: str, functions: Sequence[Any], kinds: Sequence[Any]) -> Loop:
         kinds: The types of the kernel's arguments, of ctypes.
     """
     table = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
-    with _lock:
-        call = ctypes.PYFUNCTYPE(ctypes.c_int64, *kinds)(_compiled(text))
+    (kernel,) = compiled(text, "kernel")
+    call = ctypes.PYFUNCTYPE(ctypes.c_int64, *kinds)(kernel)
     return Loop(call, np.array(table, np.uint64))
 
 
-_libraries: list[Any] = []  # what is dropped is unloaded
 _links = itertools.count()
+
+
+def _keep(code: Any) -> None:
+    """Never unload it: even as Python ends, a thread may be there."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(code))
 
 
 @cache
@@ -124,7 +124,9 @@ def _host() -> tuple[Any, Any, str]:
     def machine() -> Any:
         return target.create_target_machine(cpu=cpu, features=features, opt=2, jit=True)
 
-    return machine(), binding.create_lljit_compiler(machine()), f"{triple} {cpu} {features}"
+    jit = binding.create_lljit_compiler(machine())
+    _keep(jit)
+    return machine(), jit, f"{triple} {cpu} {features}"
 
 
 def _folder() -> Path:

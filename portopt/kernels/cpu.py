@@ -1,31 +1,42 @@
-"""Launching on CPU memory: addresses, scalars and spans, shared out among a few threads of ours."""
+"""Launching on CPU memory: addresses, scalars and spans."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
 import os
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from portopt.arrays import compute_dtype
-from portopt.kernels import compiler, llvm
+from portopt.kernels import compiler, llvm, pool
 from portopt.program import Program
-
-if TYPE_CHECKING:
-    from queue import SimpleQueue
 
 SPAN = 2**16
 """The most elements of a span: enough to stream, few enough to balance threads."""
+SHARE = 2**15
+"""About how many elements a thread takes at once: a long span, or some short ones."""
 ALONE = 2**16
 """Up to so many elements, one thread is done before another has woken up."""
+
+
+class First(NamedTuple):
+    """What the caller of a launch does while others begin.
+
+    Attributes:
+        function: Where a `pool.function` begins; 0 for nothing.
+        argument: What the job is told for it, at the place `FIRST`.
+    """
+
+    function: int
+    argument: int
+
+
+FIRST = 3
+
+NOTHING = First(0, 0)
 
 
 class Launch:
@@ -36,33 +47,36 @@ class Launch:
             alive what they point to.
     """
 
-    def __init__(self, text: str, addresses: Any, sizes: Sequence[int]) -> None:
-        self.kernel = compiler.compiled(text)
+    def __init__(
+        self,
+        text: str,
+        addresses: Any,
+        sizes: Sequence[int],
+        first: First = NOTHING,
+        linger: int = 0,
+    ) -> None:
         self.table = np.array(addresses, np.uint64, order="C")
         self.spans = spans(sizes, SPAN)
-        self.size = sum(sizes)
+        parts = _parts(self.spans)
+        self._alive = self.table, self.spans, parts
+        told = [array.ctypes.data for array in self._alive]
+        (kernel,) = compiler.compiled(text, "kernel")
+        self._job = pool.Job(
+            kernel,
+            len(parts) - 1,
+            [*told, first.argument],
+            first=first.function,
+            linger=linger,
+        )
+        self._most = len(parts) - 2 if sum(sizes) > ALONE else 0
+
+    def helpers(self, threads: int) -> int:
+        """How many threads beside the caller's can be of use, of so many."""
+        return min(threads - 1, self._most)
 
     def launch(self, threads: int) -> None:
         """Do all spans; when it returns or raises, no thread is at work on them any more."""
-        counter = (ctypes.c_int64 * 2)()  # taken, done
-        work = partial(self._take, counter)  # which keeps alive what a late helper looks at
-        helpers = min(threads, len(self.spans)) - 1 if self.size > ALONE else 0
-        done, interrupt = 0, None
-        while done < len(self.spans):
-            try:
-                _share(work, helpers)
-                done = work()
-                while done < len(self.spans):  # a helper is at its last span
-                    time.sleep(0)
-                    done = work()
-            except BaseException as error:  # what the caller then sees must be whole
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
-
-    def _take(self, counter: ctypes.Array[ctypes.c_int64]) -> int:
-        table, spans = self.table.ctypes.data, self.spans.ctypes.data
-        return self.kernel(table, spans, len(self.spans), ctypes.addressof(counter))
+        self._job.do(self.helpers(threads))
 
 
 class Step(Launch):
@@ -74,6 +88,7 @@ class Step(Launch):
         addresses: For each tensor, where its operands begin. Elements are contiguous from there,
             in the same order in every operand.
         sizes: For each tensor, its number of elements.
+        first: What the caller does while others begin.
     """
 
     def __init__(
@@ -82,11 +97,12 @@ class Step(Launch):
         storage: tuple[str, ...],
         addresses: Sequence[Sequence[int]],
         sizes: Sequence[int],
+        first: First = NOTHING,
     ) -> None:
         rows = [(*row, 0) for row in addresses]  # the scalars' address comes with them
-        super().__init__(llvm.kernel(program, storage), rows, sizes)
+        super().__init__(llvm.kernel(program, storage), rows, sizes, first)
         self.names = program.scalar_names
-        self.rows = np.empty((0, len(self.names)), compute_dtype(storage[0]))
+        self.rows = np.empty((0, len(self.names)))
         self.which: Any = None
 
     def run(self, scalars: Sequence[Mapping[str, Any]], which: Any, threads: int) -> None:
@@ -99,11 +115,10 @@ class Step(Launch):
         """
         if which is not self.which or len(scalars) != len(self.rows):
             self.which = which
-            self.rows = np.empty((len(scalars), len(self.names)), self.rows.dtype)
+            self.rows = np.empty((len(scalars), len(self.names)))
             begin, row = self.rows.ctypes.data, self.rows.strides[0]
             self.table[:, -1] = begin + row * np.asarray(which, np.uint64)
-        with np.errstate(over="ignore"):  # what is beyond float32 is infinite there
-            self.rows[:] = [[row[name] for name in self.names] for row in scalars]
+        self.rows[:] = [[row[name] for name in self.names] for row in scalars]
         self.launch(threads)
 
 
@@ -119,7 +134,8 @@ class SquareSum(Launch):
     """
 
     def __init__(self, dtype: str, addresses: Sequence[int], sizes: Sequence[int]) -> None:
-        super().__init__(llvm.square_sum(dtype), [(at, 0) for at in addresses], sizes)
+        rows = [(at, 0) for at in addresses]
+        super().__init__(llvm.square_sum(dtype), rows, sizes, linger=pool.LINGER)
         self.sums = np.zeros(len(self.spans))
         self.table[:, 1] = self.sums.ctypes.data
 
@@ -165,47 +181,16 @@ def spans(sizes: Sequence[int], longest: int) -> npt.NDArray[np.int64]:
     return np.stack([tensor, start, np.minimum(total[tensor] - start, longest)], axis=1)
 
 
+def _parts(spans: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The first spans of shares of about `SHARE` elements, and how many spans there are."""
+    begins = np.cumsum(spans[:, 2]) - spans[:, 2]
+    (firsts,) = np.nonzero(np.diff(begins // SHARE, prepend=-1))
+    return np.append(firsts, len(spans))
+
+
 def threads() -> int:
     """How many threads a launch may use: ``OMP_NUM_THREADS``, else this process's processors."""
     chosen = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # the outermost level
     if chosen.isdecimal() and int(chosen):
         return int(chosen)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_jobs: SimpleQueue[Callable[[], object]] | None = None
-_threads: list[threading.Thread] = []
-
-
-def _share(job: Callable[[], object], helpers: int) -> None:
-    """Have up to so many threads do ``job`` too, as soon as they can."""
-    global _jobs
-    if helpers < 1:
-        return
-    if _jobs is None:
-        from queue import SimpleQueue  # here, as `import portopt` is to be quick
-
-        _jobs = SimpleQueue()
-    with contextlib.suppress(RuntimeError):  # no more threads, or Python shuts down
-        while len(_threads) < min(helpers, os.cpu_count() or 1):
-            thread = threading.Thread(target=_work, args=(_jobs,), name="portopt", daemon=True)
-            thread.start()
-            _threads.append(thread)
-    for _ in range(min(helpers, len(_threads))):
-        _jobs.put(job)
-
-
-def _work(jobs: SimpleQueue[Callable[[], object]]) -> None:
-    while True:
-        jobs.get()()
-
-
-def _forget_threads() -> None:
-    """In the child of a fork: it has none of its parent's threads."""
-    global _jobs
-    _jobs = None
-    _threads.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)

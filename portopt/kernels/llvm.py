@@ -1,9 +1,9 @@
 """The CPU printer: a program as LLVM assembly, one loop over spans of raw memory.
 
-A kernel takes spans one by one from a shared counter, and counts those it has done in another, so
-that any number of threads may run it at once. In a span it goes by vectors of one cache line, and
-by single elements at the end: the same text, printed twice. Every operation is IEEE's, in the order
-of the program: LLVM contracts and reorders only what is marked so, and nothing is.
+A kernel is a job's (`pool`), whose shares are some spans each. In a span it goes by vectors of one
+cache line, and by single elements at the end: the same text, printed twice. Every operation is
+IEEE's, in the order of the program: LLVM contracts and reorders only what is marked so, and nothing
+is.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cache
 import numpy as np
 
 from portopt.arrays import compute_dtype
+from portopt.kernels import pool
 from portopt.program import Operand, Program
 
 # {r} result, {a} {b} {c} operands, {v} their type, {m} the type of masks, {s} suffix of intrinsics.
@@ -51,59 +52,53 @@ MEANING: dict[str, str] = {
     "where": "{r} = select {m} {a}, {v} {b}, {v} {c}",
 }
 
-_SKELETON = """\
-define i64 @kernel(ptr %table, ptr %spans, i64 %n_spans, ptr %counter) {{
-{locals}
-br label %take
-take:
-%own = phi i64 [0, %0], [%own.next, %end]
-%span = atomicrmw add ptr %counter, i64 1 monotonic
-%over = icmp uge i64 %span, %n_spans
-br i1 %over, label %done, label %begin
+# {ahead}: how many elements ahead memory is fetched; behind a span's end, at the next one's begin.
+_SHARE = """\
+open:
+%first.at = getelementptr i64, ptr %parts, i64 %share
+%stop.at = getelementptr i64, ptr %first.at, i64 1
+%first = load i64, ptr %first.at
+%stop = load i64, ptr %stop.at
+%final = sub i64 %stop, 1
+br label %begin
 begin:
-%span.at = getelementptr [3 x i64], ptr %spans, i64 %span
-%start.at = getelementptr i64, ptr %span.at, i64 1
-%length.at = getelementptr i64, ptr %span.at, i64 2
-%tensor = load i64, ptr %span.at
-%start = load i64, ptr %start.at
-%length = load i64, ptr %length.at
-%row = getelementptr [{columns} x ptr], ptr %table, i64 %tensor
+%span = phi i64 [%first, %open], [%next, %end]
+%next = add i64 %span, 1
+%soon = call i64 @llvm.umin.i64(i64 %next, i64 %final)
+{spans}
+%soon.from = call i64 @llvm.umax.i64(i64 %span.length, i64 {ahead})
 {begin}
-%whole = and i64 %length, -{width}
+%whole = and i64 %span.length, -{width}
 %any.whole = icmp ne i64 %whole, 0
 br i1 %any.whole, label %wide, label %rest
 wide:
 %wide.i = phi i64 [0, %begin], [%wide.next, %wide]
+%ahead = add i64 %wide.i, {ahead}
+%inside = icmp ult i64 %ahead, %span.length
+%beyond = sub i64 %ahead, %soon.from
+%fetched = select i1 %inside, i64 %ahead, i64 %beyond
 {wide}
 %wide.next = add i64 %wide.i, {width}
 %wide.more = icmp ult i64 %wide.next, %whole
 br i1 %wide.more, label %wide, label %rest
 rest:
-%any.rest = icmp ult i64 %whole, %length
+%any.rest = icmp ult i64 %whole, %span.length
 br i1 %any.rest, label %last, label %end
 last:
 %last.i = phi i64 [%whole, %rest], [%last.next, %last]
 {last}
 %last.next = add i64 %last.i, 1
-%last.more = icmp ult i64 %last.next, %length
+%last.more = icmp ult i64 %last.next, %span.length
 br i1 %last.more, label %last, label %end
 end:
 {end}
-%own.next = add i64 %own, 1
-br label %take
-done:
-%finished = getelementptr i64, ptr %counter, i64 1
-%before = atomicrmw add ptr %finished, i64 %own acq_rel
-%total = add i64 %before, %own
-ret i64 %total
-}}
-"""
+%more = icmp ult i64 %next, %stop
+br i1 %more, label %begin, label %given"""
 
 _TYPES = {"float16": "half", "bfloat16": "i16", "float32": "float", "float64": "double"}
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _LINE = 64  # bytes of a cache line
-# Bytes from the element at work to the one being fetched: of 0, 512, 1024 and 2048 the fastest.
-_AHEAD = 1024
+_AHEAD = 128  # elements from the one at work to the one being fetched
 
 
 def refusal(storage: Sequence[str]) -> str | None:
@@ -117,11 +112,11 @@ def refusal(storage: Sequence[str]) -> str | None:
 def kernel(program: Program, storage: tuple[str, ...]) -> str:
     """The kernel of a program, in LLVM assembly.
 
-    It is a function of ``(table, spans, n_spans, counter)``, all addresses but ``n_spans``. A row
-    of ``table`` has the addresses of a tensor's operands and of its scalars, those of
-    `Program.scalar_names` in the dtype that is computed in. A row of ``spans`` has three int64:
-    the tensor's row, the first element, their number. At ``counter`` stand two int64: how many
-    spans are taken, and how many are done, which it returns.
+    Its job is told the addresses of a table, of spans and of parts. A row of the table has the
+    addresses of a tensor's operands and of its scalars, those of `Program.scalar_names` in float64.
+    A row of the spans has three int64: the tensor's row, the first
+    element, their number. The parts, int64 too, are the spans where each share begins, and how many
+    spans there are.
 
     Args:
         program: What to compute.
@@ -156,7 +151,7 @@ def kernel(program: Program, storage: tuple[str, ...]) -> str:
 
 
 def square_sum(dtype: str) -> str:
-    """The kernel of a norm, with the arguments of `kernel`: the sum of squares of each span.
+    """The kernel of a norm, told what `kernel` is: the sum of squares of each span.
 
     A row of ``table`` has the address of a gradient of ``dtype``, and of a float64 array that takes
     the sums, each at the number of its span. The order of the additions, all in float64, depends on
@@ -182,7 +177,7 @@ def square_sum(dtype: str) -> str:
             fold = f"@llvm.vector.reduce.fadd.{vector.suffix}"
             yield f"{new} = call double {fold}(double {total}, {vector.type} {parts})"
             total = new
-        yield "%sums.at = getelementptr ptr, ptr %row, i64 1"
+        yield "%sums.at = getelementptr ptr, ptr %span.row, i64 1"
         yield "%sums = load ptr, ptr %sums.at"
         yield "%out = getelementptr double, ptr %sums, i64 %span"
         yield f"store double {total}, ptr %out"
@@ -211,28 +206,46 @@ def _text(
     locals: Iterable[str] = (),
     end: Iterable[str] = (),
 ) -> str:
-    parts = {"locals": locals, "begin": begin, "wide": wide, "last": last, "end": end}
+    parts = {"begin": begin, "wide": wide, "last": last, "end": end}
     lines = {name: "\n".join(part) for name, part in parts.items()}
-    return _SKELETON.format(columns=columns, width=width, **lines)
+    spans = "\n".join(_span(name, columns) for name in ("span", "soon"))
+    body = _SHARE.format(spans=spans, width=width, ahead=_AHEAD, **lines)
+    return pool.kernel(["ptr %table", "ptr %spans", "ptr %parts"], body, locals)
+
+
+def _span(name: str, columns: int) -> str:
+    """What is known of the span of that number."""
+    return f"""\
+%{name}.at = getelementptr [3 x i64], ptr %spans, i64 %{name}
+%{name}.start.at = getelementptr i64, ptr %{name}.at, i64 1
+%{name}.length.at = getelementptr i64, ptr %{name}.at, i64 2
+%{name}.tensor = load i64, ptr %{name}.at
+%{name}.start = load i64, ptr %{name}.start.at
+%{name}.length = load i64, ptr %{name}.length.at
+%{name}.row = getelementptr [{columns} x ptr], ptr %table, i64 %{name}.tensor"""
 
 
 def _bases(dtypes: Mapping[str, str]) -> Iterator[str]:
-    """Where the span begins, in each operand."""
+    """Where the span begins, in each operand, and the next span."""
     for column, (name, dtype) in enumerate(dtypes.items()):
-        begin = _begin(name)
-        yield f"{begin}.at = getelementptr ptr, ptr %row, i64 {column}"
-        yield f"{begin}.base = load ptr, ptr {begin}.at"
-        yield f"{begin} = getelementptr {_TYPES[dtype]}, ptr {begin}.base, i64 %start"
+        for span in ("span", "soon"):
+            begin = _begin(name, span)
+            yield f"{begin}.at = getelementptr ptr, ptr %{span}.row, i64 {column}"
+            yield f"{begin}.base = load ptr, ptr {begin}.at"
+            yield f"{begin} = getelementptr {_TYPES[dtype]}, ptr {begin}.base, i64 %{span}.start"
 
 
 def _scalars(names: Sequence[str], column: int, vectors: Sequence[_Vector]) -> Iterator[str]:
-    """The tensor's scalars, each as a vector of equal elements."""
-    yield f"%scalars.at = getelementptr ptr, ptr %row, i64 {column}"
+    """The tensor's scalars, each rounded, as a vector of equal elements."""
+    yield f"%scalars.at = getelementptr ptr, ptr %span.row, i64 {column}"
     yield "%scalars = load ptr, ptr %scalars.at"
     for vector, (place, name) in itertools.product(vectors, enumerate(names)):
         element, value = _TYPES[vector.compute], vector.value(name)
-        yield f"{value}.at = getelementptr {element}, ptr %scalars, i64 {place}"
-        yield f"{value}.one = load {element}, ptr {value}.at"
+        one = f"{value}.one" if element == "double" else f"{value}.double"
+        yield f"{value}.at = getelementptr double, ptr %scalars, i64 {place}"
+        yield f"{one} = load double, ptr {value}.at"
+        if element != "double":
+            yield f"{value}.one = fptrunc double {one} to {element}"
         yield f"{value}.0 = insertelement {vector.type} poison, {element} {value}.one, i64 0"
         places = f"<{vector.width} x i32> zeroinitializer"
         yield f"{value} = shufflevector {vector.type} {value}.0, {vector.type} poison, {places}"
@@ -283,7 +296,9 @@ class _Vector:
         at, ahead = self.value(f"{name}.at"), self.value(f"{name}.ahead")
         yield f"{at} = getelementptr {_TYPES[dtype]}, ptr {_begin(name)}, i64 %{self.loop}.i"
         if self.width > 1:
-            yield f"{ahead} = getelementptr i8, ptr {at}, i64 {_AHEAD}"
+            here, soon = _begin(name), _begin(name, "soon")
+            yield f"{ahead}.from = select i1 %inside, ptr {here}, ptr {soon}"
+            yield f"{ahead} = getelementptr {_TYPES[dtype]}, ptr {ahead}.from, i64 %fetched"
             yield f"call void @llvm.prefetch.p0(ptr {ahead}, i32 {write:d}, i32 3, i32 1)"
 
     def load(self, name: str, dtype: str) -> Iterator[str]:
@@ -335,9 +350,9 @@ class _Vector:
         yield f"store {element} {stored}, ptr {at}, align {_SIZES[dtype]}"
 
 
-def _begin(name: str) -> str:
+def _begin(name: str, span: str = "span") -> str:
     """Where the span begins in operand ``name``."""
-    return f"%begin.{_plain(name)}"
+    return f"%{span}.{_plain(name)}.begin"
 
 
 def _plain(name: str) -> str:

@@ -10,6 +10,7 @@ def fetch(
     *,
     through: Sequence[int] = (),
     objects: str = "objects",
+    index: str = "i",
 ) -> str:
     """Lines that fetch what will be looked at ``ahead`` rounds later, beside the address itself.
 
@@ -18,11 +19,12 @@ def fetch(
         ahead: So many rounds.
         lines: The bytes, from that address, whose cache lines are fetched.
         through: The address stands in an object: there, and in what stands there, and so on.
-        objects: The array of these objects.
+        objects: The array of these objects, up to the place ``%last``.
+        index: The place at work.
     """
 
     def text() -> Iterator[str]:
-        yield f"%{name}.later = add i64 %i, {ahead}"
+        yield f"%{name}.later = add i64 %{index}, {ahead}"
         yield f"%{name}.i = call i64 @llvm.umin.i64(i64 %{name}.later, i64 %last)"
         yield f"%{name}.in = getelementptr ptr, ptr %{objects}, i64 %{name}.i"
         yield f"%{name}.0 = load ptr, ptr %{name}.in"

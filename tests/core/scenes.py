@@ -111,12 +111,12 @@ def hidden():
 
 def count_threads():
     """How many threads of ours there are after some steps."""
-    import threading
+    from portopt.kernels import pool
 
     optimizer, _, grads = _counter()
     for _ in range(20):
         optimizer.step(grads)
-    print(sum(thread.name.startswith("portopt") for thread in threading.enumerate()))
+    print(pool._team.count if pool._team else 0)
 
 
 def fork(way):
@@ -126,7 +126,7 @@ def fork(way):
 
     import numpy as np
 
-    from portopt.kernels import cpu
+    from portopt.kernels import pool as threads
 
     # Python warns of every fork beside a thread, our own threads too.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -141,7 +141,7 @@ def fork(way):
     if way == "fork":
         reader, writer = os.pipe()
         if os.fork() == 0:
-            assert not cpu._threads, "its threads are not here"
+            assert threads._team is None, "its threads are not here"
             with open(writer, "wb") as file:
                 file.write(rest())
             os._exit(0)
@@ -177,7 +177,7 @@ def fork_while_compiling():
 
     def compile_on():
         while not stop.is_set():
-            compiler.compiled(next(texts))
+            compiler.compiled(next(texts), "kernel")
 
     thread = threading.Thread(target=compile_on)
     thread.start()
@@ -185,7 +185,7 @@ def fork_while_compiling():
         child = os.fork()
         if child == 0:
             signal.alarm(20)
-            compiler.compiled(llvm.square_sum("float64") + f"; {n}")
+            compiler.compiled(llvm.square_sum("float64") + f"; {n}", "kernel")
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0, f"child {n}"
     stop.set()

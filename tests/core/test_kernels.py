@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from support import numbered
 
 from portopt import Rule, trace
 from portopt.arrays import STORAGE_DTYPES, compute_dtype
-from portopt.kernels import compiler, cpu, llvm
+from portopt.kernels import compiler, cpu, llvm, pool
 from portopt.program import ARRAY_OPS, OPS, Instruction, Program
 from portopt.rules import Adam, Slots
 
@@ -59,9 +60,9 @@ class Tensor:
 
 def launch(program, storage, tensors, scalars, which, threads=1, spans=None):
     addresses, sizes = [t.addresses() for t in tensors], [t.size for t in tensors]
-    step = cpu.Step(program, storage, addresses, sizes)
-    if spans is not None:
-        step.spans = spans
+    cut = cpu.spans if spans is None else lambda sizes, longest: spans
+    with mock.patch.object(cpu, "spans", cut):
+        step = cpu.Step(program, storage, addresses, sizes)
     step.run(scalars, which, threads)
 
 
@@ -80,6 +81,7 @@ def by_numpy(rule, t):
 def small_spans(monkeypatch):
     """Even few elements are cut into spans and shared out among threads."""
     monkeypatch.setattr(cpu, "SPAN", 40)
+    monkeypatch.setattr(cpu, "SHARE", 40)
     monkeypatch.setattr(cpu, "ALONE", 0)
 
 
@@ -376,11 +378,9 @@ def test_dense():
 
 
 def test_a_new_lr_step_or_shape_compiles_nothing(monkeypatch):
-    def nothing(table, spans, n_spans, counter):
-        return n_spans
-
     asked = []
-    monkeypatch.setattr(compiler, "compiled", lambda text: asked.append(text) or nothing)
+    monkeypatch.setattr(compiler, "compiled", lambda *text: asked.append(text) or [0])
+    monkeypatch.setattr(pool.Job, "do", lambda job, helpers: None)
     for rule, sizes in ((Adam(), [3]), (Adam(lr=0.5, beta1=0.5, eps=1.0), [1000, 0, 5])):
         program = trace(rule)
         step = cpu.Step(program, ("float32",) * 4, [[0] * 4] * len(sizes), sizes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +14,7 @@ from support import gradients, weights
 
 import portopt.plan
 from portopt import Around, Optimizer, trace
-from portopt.kernels import compiler, cpu, slow
+from portopt.kernels import compiler, cpu, pool, slow
 from portopt.rules import SGD, Adam
 
 pytest.importorskip("llvmlite")
@@ -55,6 +54,7 @@ def fresh():
 def small_spans(monkeypatch):
     """Even few elements are shared out among four threads."""
     monkeypatch.setattr(cpu, "SPAN", 64)
+    monkeypatch.setattr(cpu, "SHARE", 64)
     monkeypatch.setattr(cpu, "ALONE", 0)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
 
@@ -219,118 +219,76 @@ def test_two_threads_step_two_optimizers():
         assert_bits(param, trained(rule))
 
 
-class Jobs:
-    """Like the queue of our threads, but handing over the ``fail_at``-th job ends in an error.
-
-    The job is given to a thread before, or not at all, as may happen when interrupted.
-    """
-
-    def __init__(self, fail_at, error, given):
-        self.fail_at, self.error, self.given = fail_at, error, given
-        self.threads, self.count = [], 0
-
-    def put(self, job):
-        self.count += 1
-        if self.count != self.fail_at or self.given:
-            self.threads.append(threading.Thread(target=job))
-            self.threads[-1].start()
-        if self.count == self.fail_at:
-            raise self.error
+@pytest.fixture
+def team(monkeypatch):
+    """No threads yet, but up to eight to come."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(pool, "_team", None)
 
 
-def replace_queue(monkeypatch, *args):
-    jobs = Jobs(*args)
-    monkeypatch.setattr(cpu, "_jobs", jobs)
-    monkeypatch.setattr(cpu, "_threads", [None] * 8)
-    return jobs
-
-
-@pytest.mark.usefixtures("small_spans")
-@pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("fail_at", [1, 2, 3])
+@pytest.mark.usefixtures("small_spans", "team")
+@pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit()])
-def test_an_error_while_threads_are_woken(monkeypatch, fail_at, error, given):
-    """All spans are done, and no thread is at work any more, whatever the caller then does."""
-    working = threading.local(), []
-    take = cpu.Launch._take
+def test_an_error_around_a_job(monkeypatch, error, before):
+    """All is done once, and no thread is at work any more, whatever the caller then does.
 
-    def counted(self, counter):
-        working[1].append(1)
-        done = take(self, counter)
-        working[1].pop()
+    Python handles a signal when compiled code has returned, or before it begins.
+    """
+    functions, raised = pool._functions(), []
+
+    def interrupted(*args):
+        raised.append(1)
+        if before and len(raised) == 1:
+            raise error
+        done = functions.run(*args)
+        if len(raised) == 1:
+            raise error
         return done
 
-    monkeypatch.setattr(cpu.Launch, "_take", counted)
-    jobs = replace_queue(monkeypatch, fail_at, error, given)
+    monkeypatch.setattr(pool, "_functions", lambda: functions._replace(run=interrupted))
     param, grad = np.zeros(10_000), np.ones(10_000)
     with pytest.raises(type(error)):
         Optimizer(SGD(lr=1.0), [param]).step([grad])
-    assert_bits(param, np.full(10_000, -1.0))
-    for thread in jobs.threads:
-        thread.join()
-    assert not working[1]
+    assert len(raised) == 2
     assert_bits(param, np.full(10_000, -1.0))
 
 
-@pytest.mark.usefixtures("small_spans")
+@pytest.mark.usefixtures("small_spans", "team")
 @pytest.mark.parametrize("most", [0, 1, 2])
-def test_no_more_threads_can_be_started(monkeypatch, most):
+@pytest.mark.parametrize("lacking", ["PyThread_allocate_lock", "PyThread_start_new_thread"])
+def test_no_more_threads_can_be_started(monkeypatch, most, lacking):
     """Those that there are do the work, and the next step asks again."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(cpu, "_jobs", None)
-    monkeypatch.setattr(cpu, "_threads", [])
-    start, started = threading.Thread.start, []
+    api, asked, refused = pool._api, [], {"PyThread_allocate_lock": None}
+    failure = refused.get(lacking, pool.FAILED)
 
-    def limited(thread):
-        if len(started) == most:
-            raise RuntimeError("can't start new thread")
-        started.append(thread)
-        start(thread)
+    def limited(name, *kinds):
+        function = api(name, *kinds)
 
-    monkeypatch.setattr(threading.Thread, "start", limited)
+        def call(*args):
+            asked.append(1)
+            return function(*args) if len(asked) <= most else failure
+
+        return call if name == lacking else function
+
+    monkeypatch.setattr(pool, "_api", limited)
     param = np.zeros(10_000)
     optimizer = Optimizer(SGD(lr=1.0), [param])
     optimizer.step([np.ones(10_000)])
-    assert cpu._threads == started
-    most = 3
+    assert pool._team.count == most
+    most = 10
     optimizer.step([np.ones(10_000)])
-    assert cpu._threads == started
-    assert len(started) == 3
+    assert pool._team.count == 3
     assert_bits(param, np.full(10_000, -2.0))
 
 
-@pytest.mark.usefixtures("small_spans")
-@pytest.mark.parametrize("before", [True, False])
-def test_an_error_around_the_kernel(monkeypatch, before):
-    """A signal is handled when the kernel returns, or before it begins."""
-    take, main, raised = cpu.Launch._take, threading.current_thread(), []
-
-    def interrupted(self, counter):
-        mine = threading.current_thread() is main and not raised
-        raised.append(1) if mine else None
-        if mine and before:
-            raise KeyboardInterrupt
-        done = take(self, counter)
-        if mine:
-            raise KeyboardInterrupt
-        return done
-
-    monkeypatch.setattr(cpu.Launch, "_take", interrupted)
-    param = np.zeros(10_000)
-    with pytest.raises(KeyboardInterrupt):
-        Optimizer(SGD(lr=1.0), [param]).step([np.ones(10_000)])
-    assert_bits(param, np.full(10_000, -1.0))
-
-
-@pytest.mark.usefixtures("small_spans")
+@pytest.mark.usefixtures("small_spans", "team")
 @pytest.mark.parametrize(("count", "size"), [(1, 9999), (2, 9999), (4, 9999), (4, 65), (4, 64)])
 def test_no_more_threads_than_asked_for_or_useful(monkeypatch, count, size):
     monkeypatch.setenv("OMP_NUM_THREADS", str(count))
-    jobs = replace_queue(monkeypatch, 0, None, True)
     param = np.zeros(size)
     Optimizer(SGD(lr=1.0), [param]).step([np.ones(size)])
-    assert jobs.count == min(count, -(-size // 64)) - 1
+    helpers = min(count, -(-size // 64)) - 1
+    assert (pool._team.count if pool._team else 0) == helpers
     assert_bits(param, np.full(size, -1.0))
 
 

@@ -17,14 +17,15 @@ WAYS = ["native", "python"]
 
 @pytest.fixture
 def ask(monkeypatch):
-    """Call it with one of the `WAYS` to have layouts found that way."""
-    loops = {name: getattr(native, name) for name in ("layouts", "gradients")}
+    """Call it with one of the `WAYS` to have tensors looked at that way."""
+    look = native.look
 
     def choose(way):
-        for name, loop in loops.items():
-            if way == "native" and loop() is None:
-                pytest.skip("there are no native loops here")
-            monkeypatch.setattr(native, name, loop if way == "native" else lambda: None)
+        if way == "native" and look() is None:
+            pytest.skip("there is no native look here")
+        monkeypatch.setattr(native, "look", look if way == "native" else lambda: None)
+        if way == "python":
+            monkeypatch.setattr(native, "bump", lambda tensors: None)
 
     return choose
 
@@ -68,59 +69,121 @@ def test_both_ways_answer_alike(scene, name, options, ask, answers):
     assert_params_agree(*ends, "same")
 
 
-def tensors(*shapes, dtype=torch.float32):
-    return layout.array([torch.ones(shape, dtype=dtype) for shape in shapes])
+SHAPES = (3, 5), (4,), (2, 1, 3)
+SLOTS, COUNTS = ("a", "b"), ("step",)
 
 
-NOW = {
-    "elsewhere": (tensors((3, 5), (4,)), True),
-    "swapped": (tensors((4,), (3, 5)), False),
-    "dtype": (tensors((3, 5), (4,), dtype=torch.bfloat16), False),
-    "size": (tensors((3, 5), (6,)), False),
-    "shape": (tensors((5, 3), (4,)), False),
-    "more-dimensions": (tensors((3, 5), (1, 1, 1, 4)), False),
-    "fewer-dimensions": (tensors((3, 5), ()), False),
-    "order": (layout.array([torch.ones(5, 3).t(), torch.ones(4)]), False),
-    "negated": (layout.array([torch._neg_view(torch.ones(3, 5)), torch.ones(4)]), False),
+def made(slots=SLOTS, counts=COUNTS, dtype=torch.float32):
+    """Parameters with gradients, states, and what is known of them now."""
+    params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in SHAPES]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    states = [
+        {
+            "a": torch.zeros_like(param),
+            "b": torch.zeros_like(param, dtype=torch.float64),
+            "step": torch.ones(()),
+        }
+        for param in params
+    ]
+    return params, states, layout.holdings(params, states, slots, counts)
+
+
+OTHERS = {
+    # what a tensor is replaced by; whether a gradient may be so, at another address
+    "elsewhere": (torch.clone, True),
+    "another dtype": (lambda x: x.to(torch.bfloat16), False),
+    "another size": (lambda x: torch.ones(x.shape[0] + 1, *x.shape[1:]), False),
+    "fewer": (lambda x: torch.ones(x.shape[0] - 1, *x.shape[1:]), False),
+    "another shape": (lambda x: torch.ones(x.shape[::-1]), False),
+    "more dimensions": (lambda x: x.clone()[None], False),
+    "fewer dimensions": (lambda x: torch.ones(x.shape[:-1]), False),
+    "another order": (lambda x: torch.ones(x.shape[::-1]).permute(*range(x.dim())[::-1]), False),
+    "another stride of one element": (lambda x: torch.ones(9, 9, 3)[:2, :1], False),
+    "that stride alone": (lambda x: torch.ones(6).as_strided((2, 1, 3), (3, 77, 1)), True),
+    "with gaps": (lambda x: torch.ones(2, 1, 6)[..., ::2], False),
+    "expanded": (lambda x: torch.ones(1).expand(x.shape), False),
+    "negative": (torch._neg_view, False),
+    "sparse": (torch.Tensor.to_sparse, False),
 }
 
 
+def fitting(name, x):
+    """Whether that kind of tensor can be made beside this one, and lies otherwise."""
+    return (x.dim() == 3) if "stride" in name or name == "with gaps" else x.shape == (3, 5)
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("now", NOW)
-def test_another_layout_is_noticed(now, way, ask):
+@pytest.mark.parametrize("helpers", [0, 1])
+@pytest.mark.parametrize("name", OTHERS)
+def test_gradients_may_be_elsewhere_and_nothing_else(name, helpers, way, ask):
     ask(way)
-    found, same = NOW[now]
-    before = layout.of_tensors(tensors((3, 5), (4,)), moves=True)
-    assert before.fits(found) == same
+    params, _, held = made()
+    make, same = OTHERS[name]
+    (param,) = (param for param in params if fitting(name, param))
+    grad = make(param.grad.clone())
+    try:
+        param.grad = grad
+    except RuntimeError:  # PyTorch itself wants the parameter's shape and dtype
+        param.grad = None
+        param.data, old = grad, param.data
+        param.grad = grad.clone() if name != "negative" else grad
+        param.data = old
+    assert held.fit(helpers) == same
     if same:
-        assert before.addresses.tolist() == [tensor.data_ptr() for tensor in found]
+        assert held.addresses[:, -1].tolist() == [param.grad.data_ptr() for param in params]
+        assert held.addresses[:, 0].tolist() == [param.data_ptr() for param in params]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_has_no_address_does_not_fit(way, ask):
+@pytest.mark.parametrize("which", ["param", *SLOTS])
+@pytest.mark.parametrize("name", [name for name in OTHERS if name != "sparse"])
+def test_what_stays_is_otherwise(name, which, way, ask):
     ask(way)
-    before = layout.of_tensors(tensors((3, 5)), moves=True)
-    assert not before.fits(layout.array([torch.ones(3, 5).to_sparse()]))
+    params, states, held = made()
+    place = next(n for n, param in enumerate(params) if fitting(name, param))
+    tensor = params[place] if which == "param" else states[place][which]
+    assert held.fit(0)
+    tensor.data = OTHERS[name][0](tensor.detach())
+    assert not held.fit(0)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_stays_is_elsewhere(way, ask):
+@pytest.mark.parametrize("which", ["param", *SLOTS])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.resize_(1),
+        lambda x: x.t_(),
+        lambda x: x.as_strided_((3, 5), (1, 3)),
+        lambda x: x.unsqueeze_(0),
+        lambda x: x.set_(torch.ones(3, 5, dtype=x.dtype)),
+    ],
+    ids=["resized", "transposed", "other strides", "unsqueezed", "set"],
+)
+def test_what_stays_is_changed_in_place(change, which, way, ask):
     ask(way)
-    found = tensors((3, 5), (4,))
-    before = layout.of_tensors(found, moves=False)
-    assert before.fits(found)
-    found[1].data = found[1].data.clone()
-    assert not before.fits(found)
+    params, states, held = made()
+    assert held.fit(0)
+    with torch.no_grad():
+        change((params[0] if which == "param" else states[0][which]).detach())  # a view: nothing
+        assert held.fit(0)
+        change(params[0].data if which == "param" else states[0][which])
+    assert held.fit(0) == (which == "param")  # `data` is a view, too
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_stays_is_conjugated(way, ask):
+@pytest.mark.parametrize("which", ["param", "a", "grad"])
+def test_what_is_conjugated(which, way, ask):
     ask(way)
-    found = tensors((3,), dtype=torch.complex64)
-    before = layout.of_tensors(found, moves=False)
-    assert before.fits(found)
-    found[0].data = found[0].data.conj()
-    assert not before.fits(found)
+    params, states, held = made(slots=("a",), dtype=torch.complex64)
+    assert held.fit(0)
+    if which == "grad":
+        params[1].grad = params[1].grad.conj()
+    else:
+        tensor = params[1] if which == "param" else states[1]["a"]
+        tensor.data = tensor.data.conj()
+    assert not held.fit(0)
 
 
 class Odd(torch.Tensor):
@@ -128,51 +191,100 @@ class Odd(torch.Tensor):
 
 
 HELD = {
-    "gradient": (lambda params, states: None, True),
-    "another-gradient": (lambda params, states: setattr(params[1], "grad", torch.ones(3)), True),
+    "nothing": (lambda params, states: None, True),
+    "another-gradient": (lambda params, states: setattr(params[1], "grad", torch.ones(4)), True),
     "no-gradient": (lambda params, states: setattr(params[1], "grad", None), False),
     "odd-gradient": (
-        lambda params, states: setattr(params[1], "grad", torch.ones(3).as_subclass(Odd)),
+        lambda params, states: setattr(params[1], "grad", torch.ones(4).as_subclass(Odd)),
         False,
     ),
-    "entry": (lambda params, states: states[1].update(a=torch.zeros(3)), False),
+    "parameter-as-gradient": (
+        lambda params, states: setattr(params[1], "grad", torch.nn.Parameter(torch.ones(4))),
+        False,
+    ),
+    "entry": (lambda params, states: states[1].update(a=torch.zeros(4)), False),
+    "last-entry": (lambda params, states: states[2].update(step=torch.ones(())), False),
     "no-entry": (lambda params, states: states[0].pop("b"), False),
     "more-entries": (lambda params, states: states[0].update(c=1), True),
 }
 
 
-@pytest.mark.parametrize("names", [(), ("a",), ("a", "b")])
+@pytest.mark.parametrize(("slots", "counts"), [((), ()), (("a",), ()), (SLOTS, COUNTS)])
+@pytest.mark.parametrize("helpers", [0, 1])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("change", HELD)
-def test_what_is_held_by_others_is_noticed(change, way, names, ask):
+def test_what_is_held_by_others_is_noticed(change, way, helpers, slots, counts, ask):
     ask(way)
-    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
-    for param in params:
-        param.grad = torch.ones(3)
-    states = [{"a": torch.zeros(3), "b": torch.zeros(3)} for _ in params]
-    held = layout.Holdings(params, states, names)
+    params, states, held = made(slots, counts)
     make, same = HELD[change]
     make(params, states)
-    same = same or ("entry" in change and not names) or (change == "no-entry" and names == ("a",))
-    grads = held.gradients()
-    assert (grads is not None) == same
-    if same:
-        assert [a is b.grad for a, b in zip(grads, params, strict=True)] == [True, True]
+    named = {"entry": "a", "last-entry": "step", "no-entry": "b"}.get(change)
+    assert held.fit(helpers) == (same or (named is not None and named not in (*slots, *counts)))
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_gradients_are_held_no_longer_than_the_array(way, ask):
+def test_gradients_without_an_object_of_python(way, ask):
+    """As a backward pass leaves them, before anybody has looked."""
     ask(way)
-    param = torch.nn.Parameter(torch.zeros(3))
-    param.grad = torch.ones(3)
-    held = layout.Holdings([param], [{}], ())
+    params, _, held = made()
+    for _ in range(3):
+        for param in params:
+            param.grad = None
+        sum(param.square().sum() for param in params).backward()
+        assert held.fit(1)
+        assert held.addresses[:, -1].tolist() == [param.grad.data_ptr() for param in params]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_looks_hold_on_to_nothing(way, ask):
+    ask(way)
+    params, _, held = made()
     counts = []
     for times in (1, 1000):
         for _ in range(times):
-            held.gradients()
-        counts.append((sys.getrefcount(param.grad), sys.getrefcount(None)))
+            held.fit(0)
+        counts.append((sys.getrefcount(params[0].grad), sys.getrefcount(None)))
     assert counts[0][0] == counts[1][0]
     assert abs(counts[0][1] - counts[1][1]) < 100
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
+def test_one_of_many_is_noticed_wherever_it_is(n, way, ask):
+    """Shares of the look end somewhere: none is left out."""
+    ask(way)
+    params = [torch.nn.Parameter(torch.ones(2 + n % 3)) for n in range(n)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    held = layout.holdings(params, [{} for _ in params], (), ())
+    assert held.fit(2)
+    for place in range(0, n, max(n // 50, 1)):
+        param = params[place]
+        param.grad = None
+        assert not held.fit(2)
+        param.grad = torch.ones_like(param)
+        assert held.fit(2)
+        assert int(held.addresses[place, 1]) == param.grad.data_ptr()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_versions_are_raised_by_one(name, way, ask):
+    ask(way)
+    params = make_params([(300, 300), (3,)])
+    optimizer = ours(name)(params)
+    for _ in range(3):
+        before = [param._version for param in params]
+        train(optimizer, make_grads([(300, 300), (3,)], 1))
+        assert [param._version for param in params] == [version + 1 for version in before]
+
+
+def test_parameters_made_in_inference_mode_step_on():
+    with torch.inference_mode():
+        param = torch.ones(3)
+    param.grad = torch.ones(3)
+    ours("SGD")([param], lr=0.5).step()
+    assert param.tolist() == [0.5] * 3
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -202,7 +314,7 @@ def test_parameters_of_real_and_complex_numbers_keep_their_plan(answers):
         for param in params:
             param.grad = torch.ones_like(param)
         optimizer.step()
-    assert answers == [True, True]
+    assert answers == [True] * 4  # two batches, two steps
 
 
 def test_a_parameter_in_place_of_another_is_updated():
