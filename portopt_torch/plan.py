@@ -21,6 +21,7 @@ from portopt.rules.base import PARAM
 from portopt.trace import specialized, trace
 from portopt_torch import cuda
 from portopt_torch.launch import STORAGE, Batch, CudaBatch, gradient, storage
+from portopt_torch.layout import Contents
 from portopt_torch.plain import Member, check_dtype, host
 
 if TYPE_CHECKING:
@@ -85,20 +86,18 @@ class Plan(NamedTuple):
 
     Attributes:
         asked: What it does.
-        sizes: For each group, the number of its parameters.
+        contents: The parameters of each group, and all states.
         params: All parameters.
         idle: Those of them that have no gradient.
-        states: All states.
         batches: The launches.
         rest: Those that do not go through a kernel.
         made: Entries of states that this plan has made.
     """
 
     asked: Asked
-    sizes: list[int]
+    contents: Contents
     params: list[Tensor]
     idle: list[Tensor]
-    states: list[dict[str, Any]]
     batches: list[Batch]
     rest: list[Member]
     made: list[tuple[Tensor, str]]
@@ -119,16 +118,10 @@ class Plan(NamedTuple):
         Raises:
             RuntimeError, TypeError: as `make_plan` does.
         """
-        groups, state = optimizer.param_groups, optimizer.state
-        each = [group["params"] for group in groups]
-        params = itertools.chain.from_iterable(each)
         return (
-            [*map(len, each)] == self.sizes
-            and all(batch.fits() for batch in self.batches)  # before anyone else looks at memory
-            and all(map(is_, params, self.params))
+            all(batch.fits() for batch in self.batches)  # before anyone else looks at memory
+            and self.contents.are(*_contents(optimizer))
             and all(param.grad is None for param in self.idle)
-            and len(state) == len(self.states)
-            and all(map(is_, state.values(), self.states))
             and all(self._still_rests(optimizer, member) for member in self.rest)
         )
 
@@ -238,10 +231,9 @@ def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
         alike.setdefault((program, *kind), []).append(member)
     return Plan(
         asked=asked,
-        sizes=[len(group["params"]) for group in groups],
+        contents=Contents(*_contents(optimizer)),
         params=[param for _, param in params],
         idle=[param for _, param in params if param.grad is None],
-        states=[*state.values()],
         batches=[
             (CudaBatch if device.type == "cuda" else Batch)(program, members)
             for (program, device, *_), members in alike.items()
@@ -249,6 +241,10 @@ def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
         rest=rest,
         made=made,
     )
+
+
+def _contents(optimizer: Optimizer) -> tuple[list[list[Tensor]], Mapping[Tensor, Any]]:
+    return [group["params"] for group in optimizer.param_groups], optimizer.state
 
 
 def _flags(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:

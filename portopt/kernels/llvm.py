@@ -98,7 +98,7 @@ br i1 %more, label %begin, label %given"""
 _TYPES = {"float16": "half", "bfloat16": "i16", "float32": "float", "float64": "double"}
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _LINE = 64  # bytes of a cache line
-_AHEAD = 128  # elements from the one at work to the one being fetched
+_AHEAD = 64  # elements from the one at work to the one being fetched
 
 
 def refusal(storage: Sequence[str]) -> str | None:
