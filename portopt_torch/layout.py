@@ -19,37 +19,6 @@ from portopt.kernels.layout import array
 from portopt_torch import native
 
 
-class Contents:
-    """What lists, one after the other, and a dict have, as it is now.
-
-    Args:
-        lists: The lists.
-        values: The dict.
-    """
-
-    def __init__(self, lists: Sequence[list[Any]], values: Mapping[Any, Any]) -> None:
-        self._lists, self._values = [*map(array, lists)], array([*values.values()])
-        found = [*self._lists, self._values]
-        self._at = [(len(objects), objects.ctypes.data) for objects in found]
-
-    def are(self, lists: Sequence[list[Any]], values: Mapping[Any, Any]) -> bool:
-        """Whether they have just the same objects now, in the same order."""
-        functions = native.contents()
-        if functions is None or {*map(type, lists)} != {list} or not isinstance(values, dict):
-            return (
-                [*map(len, lists)] == [*map(len, self._lists)]
-                and len(values) == len(self._values)
-                and all(map(is_, chain.from_iterable(lists), chain.from_iterable(self._lists)))
-                and all(map(is_, values.values(), self._values))
-            )
-        *of_lists, of_values = self._at
-        return (
-            len(lists) == len(of_lists)
-            and all(functions.items(id(x), *at) for x, at in zip(lists, of_lists, strict=True))
-            and functions.values(id(values), *of_values)
-        )
-
-
 def holdings(
     params: Sequence[Tensor],
     states: Sequence[Mapping[str, Any]],

@@ -7,8 +7,8 @@ Where an object of Python has its type and its tensor, and a tensor its object, 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,37 +167,6 @@ def bump(tensors: Objects) -> tuple[cpu.First, Objects | npt.NDArray[np.uint64]]
     return cpu.First(*compiler.compiled(text, "bump"), known.ctypes.data), known
 
 
-class Contents(NamedTuple):
-    """Functions of an object's address, a number and an array of so many objects.
-
-    Attributes:
-        items: Whether it is a list of just these objects.
-        values: Whether it is a dict whose values are just these, in this order.
-    """
-
-    items: Callable[[int, int, int], bool]
-    values: Callable[[int, int, int], bool]
-
-
-@cache
-def contents() -> Contents | None:
-    """Functions that touch none of the objects, as Python does to each that it looks at."""
-    if not compiler.available():
-        return None
-    kinds = ctypes.c_bool, *[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_void_p
-    api = ctypes.pythonapi
-    functions = api.PyList_Size, api.PyList_GetItem, api.PyDict_Size, api.PyDict_Next
-    known = np.array([ctypes.cast(f, ctypes.c_void_p).value for f in functions], np.uint64)
-    _forever.append(known)
-    return Contents(
-        *(
-            partial(ctypes.PYFUNCTYPE(*kinds)(address), known.ctypes.data)
-            for address in compiler.compiled(_CONTENTS, "items", "values")
-        )
-    )
-
-
-_forever: list[Any] = []
 _BUMP_ONE = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
 
 
@@ -518,61 +487,3 @@ call void %function(ptr %tensor)
 br label %next
 done:
 ret void"""
-
-_CONTENTS = """\
-define i1 @items(ptr %known, ptr %list, i64 %n, ptr %objects) {
-%item.at = getelementptr ptr, ptr %known, i64 1
-%size = load ptr, ptr %known
-%item = load ptr, ptr %item.at
-%found = call i64 %size(ptr %list)
-%as.many = icmp eq i64 %found, %n
-br i1 %as.many, label %next, label %no
-next:
-%i = phi i64 [0, %0], [%i.next, %same]
-%more = icmp ult i64 %i, %n
-br i1 %more, label %look, label %yes
-look:
-%i.next = add i64 %i, 1
-%own = call ptr %item(ptr %list, i64 %i)
-%wanted.at = getelementptr ptr, ptr %objects, i64 %i
-%wanted = load ptr, ptr %wanted.at
-%is = icmp eq ptr %own, %wanted
-br i1 %is, label %same, label %no
-same:
-br label %next
-yes:
-ret i1 true
-no:
-ret i1 false
-}
-define i1 @values(ptr %known, ptr %dict, i64 %n, ptr %objects) {
-%place = alloca i64
-%value.to = alloca ptr
-store i64 0, ptr %place
-%size.at = getelementptr ptr, ptr %known, i64 2
-%step.at = getelementptr ptr, ptr %known, i64 3
-%size = load ptr, ptr %size.at
-%step = load ptr, ptr %step.at
-%found = call i64 %size(ptr %dict)
-%as.many = icmp eq i64 %found, %n
-br i1 %as.many, label %next, label %no
-next:
-%i = phi i64 [0, %0], [%i.next, %same]
-%more = icmp ult i64 %i, %n
-br i1 %more, label %look, label %yes
-look:
-%i.next = add i64 %i, 1
-%some = call i32 %step(ptr %dict, ptr %place, ptr null, ptr %value.to)
-%own = load ptr, ptr %value.to
-%wanted.at = getelementptr ptr, ptr %objects, i64 %i
-%wanted = load ptr, ptr %wanted.at
-%is = icmp eq ptr %own, %wanted
-br i1 %is, label %same, label %no
-same:
-br label %next
-yes:
-ret i1 true
-no:
-ret i1 false
-}
-"""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from portopt.kernels import cpu, slow
+from portopt.kernels.contents import Contents
 from portopt.program import Program
 from portopt.rules import Around, Rule
 from portopt.rules.around import AVERAGE, initial
@@ -21,7 +22,6 @@ from portopt.rules.base import PARAM
 from portopt.trace import specialized, trace
 from portopt_torch import cuda
 from portopt_torch.launch import STORAGE, Batch, CudaBatch, gradient, storage
-from portopt_torch.layout import Contents
 from portopt_torch.plain import Member, check_dtype, host
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple, TypeAlias
 from portopt.kernels import compiler
 
 LINGER = 20_000
-"""How often a thread had best look for another job that comes within a millisecond."""
+"""How often a thread had best look for another job that comes soon: half a millisecond, or one."""
 
 _Words: TypeAlias = "ctypes.Array[ctypes.c_int64]"
 
-_JOB = (*("kernel", "first", "linger", "shares", "begun", "said", "told", "left", "taken", "done"),)
+_JOB = ("kernel", "first", "linger", "shares", "begun", "said", "told", "left", "taken", "done")
 """What the memory of a job begins with, in words of 64 bits; what its kernel is told follows.
 
 ``begun``: whether threads have been told of it; ``said``: 0, or what the kernel or the caller's
@@ -62,12 +62,12 @@ class Job:
     ) -> None:
         self._shares = shares
         head = [kernel, first, linger, shares]
-        self._told: list[Any] = [*head, *[0] * (len(_JOB) - len(head)), *arguments]
+        self._begin: list[Any] = [*head, *[0] * (len(_JOB) - len(head)), *arguments]
         self._memory = [self._filled()]
 
     def _filled(self) -> _Words:
         words = _memory()
-        words[: len(self._told)] = self._told
+        words[: len(self._begin)] = self._begin
         return words
 
     def __del__(self) -> None:
