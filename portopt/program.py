@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
@@ -143,7 +143,16 @@ class Program:
             KeyError: a hyperparameter or number is not in ``values``.
             ArithmeticError: a scalar is no real number: names the rule and the instruction.
         """
-        env = {name: values[name] for name in (*self.hyperparameters, *self.numbers)} | {"t": t}
+        given = [t, *map(values.__getitem__, (*self.hyperparameters, *self.numbers))]
+        if number is float:
+            try:
+                found, powers = self._formulas(*given)
+            except (ArithmeticError, TypeError):
+                pass  # below it is said where
+            else:
+                if complex not in map(type, powers):
+                    return dict(zip(self._results, found, strict=True))
+        env = dict(zip(("t", *self.hyperparameters, *self.numbers), given, strict=True))
         for name, op, args in self.scalar_part:
             try:
                 value = OPS[op].meaning(None, *_read(env, args))
@@ -153,8 +162,53 @@ class Program:
             except ArithmeticError as error:
                 line = f"{name} = {op}{tuple(_read(env, args))}"
                 raise ArithmeticError(f"{self.rule}, step {t}: {line}: {error}") from error
-        kept = dict(self.number_outputs).values()
-        return {name: env[name] for name in (*self.scalar_names, *kept)}
+        return {name: env[name] for name in self._results}
+
+    @cached_property
+    def _results(self) -> tuple[str, ...]:
+        """The names of what `scalars` returns."""
+        return (*self.scalar_names, *dict(self.number_outputs).values())
+
+    @cached_property
+    def _formulas(self) -> Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]:
+        """The scalar part on Python's numbers as one function, which is three times as fast.
+
+        It returns the results, and all powers, which alone may be no real numbers.
+        """
+        given = ("t", *self.hyperparameters, *self.numbers)
+        names = {name: f"v{place}" for place, name in enumerate(given)}
+        space: dict[str, Any] = {}
+
+        def text(arg: Operand) -> str:
+            if isinstance(arg, str):
+                return names[arg]
+            space[f"c{len(space)}"] = arg
+            return next(reversed(space))
+
+        def row(wanted: Iterable[str]) -> str:
+            return f"({''.join(f'{names[name]}, ' for name in wanted)})"
+
+        header, lines = f"def formulas{row(given)}:", []
+        for name, op, args in self.scalar_part:
+            left, *right = map(text, args)
+            formula = (
+                f"{left} {OPS[op].symbol} {right[0]}" if right else f"{OPS[op].symbol}({left})"
+            )
+            names[name] = f"v{len(names)}"
+            lines.append(
+                f"{names[name]} = float({formula})"
+                if op == "less"
+                else f"{names[name]} = {formula}"
+            )
+        powers = (name for name, op, _ in self.scalar_part if op == "pow")
+        lines.append(f"return {row(self._results)}, {row(powers)}")
+        exec("\n    ".join([header, *lines]), space)
+        formulas: Callable[..., Any] = space["formulas"]
+        return formulas
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle keeps: functions that were made cannot be there."""
+        return {name: value for name, value in vars(self).items() if name != "_formulas"}
 
     def kept(self, scalars: Mapping[str, Any]) -> dict[str, Any]:
         """The new value of each of `numbers`, from what `scalars` returned."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import replace
 
@@ -161,7 +162,7 @@ def test_programs_are_values():
     again = replace(GOOD)
     assert again == GOOD and hash(again) == hash(GOOD)
     assert again != replace(GOOD, outputs=(("param", "new"), ("b", "b")))
-    _ = GOOD.scalar_names, str(GOOD)
+    _ = GOOD.scalar_names, GOOD._formulas, str(GOOD)
     assert pickle.loads(pickle.dumps(GOOD)) == GOOD
 
 
@@ -306,3 +307,33 @@ def test_what_is_printed_is_what_is_computed(rule):
         for name, array in expected.items():
             assert_agree(actual[name], array, "same", what=name)
         arrays, values = expected, values | numbers
+
+
+@pytest.mark.parametrize("t", [1, 2.0, 5, 1000.0, 10**6])
+def test_scalars_by_one_function_and_one_by_one(rule, t):
+    """The same bits, whichever way they are computed."""
+
+    def one_by_one(value):  # a function that is not `float` itself
+        return float(value)
+
+    program, values = trace(rule), numbered(rule)
+    found, expected = program.scalars(values, t), program.scalars(values, t, one_by_one)
+    assert found == expected and [*found] == [*expected]
+    assert {*map(type, found.values())} <= {*map(type, expected.values())}
+
+
+def test_scalars_of_every_operation():
+    """Those of the table, with numbers of any kind among the operands."""
+    for op in SCALAR_OPS:
+        for number in (0.3, -2.0, math.inf, 3, -1):
+            args = ("t", number)[: OPS[op].arity]
+            lines = (Instruction("s", op, args),)
+            arrays = (Instruction("new", "mul", ("s", "grad")), Instruction("x", "neg", ("grad",)))
+            program = replace(GOOD, scalar_part=lines, array_part=arrays)
+            (found,) = program.scalars({"lr": 0.5}, 2.0).values()
+            expected = (
+                OPS[op].meaning(None, 2.0, number)
+                if len(args) == 2
+                else {"neg": -2.0, "abs": 2.0}[op]
+            )
+            assert found == float(expected)
