@@ -35,12 +35,19 @@ class First(NamedTuple):
 
 
 FIRST = 3
-
+"""The place of `First.argument` among what a launch's job is told."""
 NOTHING = First(0, 0)
 
 
 class Launch:
     """A kernel and the memory that it works on.
+
+    Args:
+        text: The kernel, as `llvm` prints it.
+        addresses: The table.
+        sizes: For each tensor, its number of elements.
+        first: What the caller does while others begin.
+        linger: As a `pool.Job` has it.
 
     Attributes:
         table: For each tensor a row of addresses, free to change between launches. The caller keeps
