@@ -50,7 +50,9 @@ def find(grads: Sequence[Any], sizes: Sequence[int]) -> Found | None:
     """Gradients of so many elements; None if one is not in this memory."""
     if not _are_here(grads):
         return None
-    values = [grad.resolve_neg().contiguous() for grad in grads]
+    values = grads
+    if any(map(Tensor.is_neg, grads)) or not all(map(Tensor.is_contiguous, grads)):
+        values = [grad.resolve_neg().contiguous() for grad in grads]
     return _found(values) if [*map(Tensor.numel, values)] == [*sizes] else None
 
 

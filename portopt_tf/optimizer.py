@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from operator import is_
 from typing import Any, ClassVar, NamedTuple
 
@@ -230,7 +230,7 @@ class Optimizer(keras.optimizers.Optimizer):
             program = trace(rule)
             works.append(_Work(program, scalars_of(program, rule, self._numbers, t), places))
         can_be_launched = can_be_compiled or keras.backend.backend() == "torch"
-        if not (can_be_launched and _unseen(self._launched)(group, works, grads)):
+        if not (can_be_launched and _unseen(Optimizer._launched)(self, group, works, grads)):
             for program, scalars, places in works:
                 own_grads = [grads[place] for place in places]
                 own_variables = [trainable_variables[place] for place in places]
@@ -309,7 +309,7 @@ class Optimizer(keras.optimizers.Optimizer):
         ):
             raise RuntimeError("the weights are those of eval(): call train() first")
         grads, variables = super()._filter_empty_gradients(grads, variables)
-        return [dense(*pair) for pair in zip(grads, variables, strict=True)], variables
+        return dense(grads, variables), variables
 
     def _checked(self, learning_rate: Any) -> Rule:
         rule_class, values = self.rule_of()
@@ -345,18 +345,22 @@ def check_dtype(variable: Any) -> None:
         )
 
 
-def dense(gradient: Any, variable: Any) -> Any:
-    """The gradient as a tensor of the variable's shape.
+def dense(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """The gradients as tensors of their variables' shapes.
 
     The rows that TensorFlow gives for an embedding are summed. A shape that is not known yet,
     inside a ``tf.function``, is checked when it runs.
     """
-    if keras.backend.backend() != "tensorflow":
-        if not ops.is_tensor(gradient):
-            gradient = ops.convert_to_tensor(gradient)
-        if gradient.shape != variable.shape:
-            raise _misshapen(gradient, variable)
-        return gradient
+    if keras.backend.backend() == "tensorflow":
+        return [_dense(*pair) for pair in zip(grads, variables, strict=True)]
+    tensors = [x if ops.is_tensor(x) else ops.convert_to_tensor(x) for x in grads]
+    for tensor, variable in zip(tensors, variables, strict=True):
+        if tensor.shape != variable.shape:
+            raise _misshapen(tensor, variable)
+    return tensors
+
+
+def _dense(gradient: Any, variable: Any) -> Any:
     import tensorflow as tf
 
     if isinstance(gradient, tf.IndexedSlices):
@@ -393,8 +397,11 @@ def _can_be_compiled(variables: list[Any]) -> bool:
 
 def _unseen(function: Any) -> Any:
     """The function, into which PyTorch's compiler does not look, if that is here at all."""
-    if "torch._dynamo" not in sys.modules:
-        return function
+    return _hidden(function) if "torch._dynamo" in sys.modules else function
+
+
+@cache
+def _hidden(function: Any) -> Any:
     return sys.modules["torch"].compiler.disable(function)
 
 
@@ -402,8 +409,7 @@ def scalars_of(program: Program, rule: Rule, numbers: Mapping[str, Any], t: Any)
     """The program's scalars: floats where ``t`` has a value, else 0-d tensors of float64."""
     values, learning_rate = vars(rule), rule.lr
     if not (_is_symbolic(t) or _is_symbolic(learning_rate)):
-        # A mirrored variable is no number, but its sums are.
-        known = {name: float(x + 0) for name, x in {**numbers, "lr": learning_rate}.items()}
+        known = {name: _number(x) for name, x in {**numbers, "lr": learning_rate}.items()}
         return program.scalars({**values, **known}, int(t))
 
     def double(x: Any) -> Any:  # Keras would cast a float by way of float32
@@ -412,6 +418,12 @@ def scalars_of(program: Program, rule: Rule, numbers: Mapping[str, Any], t: Any)
     with _float64():
         known = {name: double(x) for name, x in {**numbers, "lr": learning_rate}.items()}
         return program.scalars({**values, **known}, double(t), double)
+
+
+def _number(x: Any) -> float:
+    if isinstance(x, float) or keras.backend.backend() != "tensorflow":
+        return float(x)
+    return float(x + 0)  # a mirrored variable is no number, but its sums are
 
 
 def _is_symbolic(x: Any) -> bool:

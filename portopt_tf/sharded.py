@@ -188,7 +188,7 @@ class Sharded:
         for grad, variable in zip(grads, self._variables, strict=True):
             if grad is None:
                 raise ValueError(f"variable {path_of(variable)!r} must have a gradient, got None")
-        return [dense(*pair) for pair in zip(grads, self._variables, strict=True)]
+        return dense(grads, self._variables)
 
 
 class _Line:
