@@ -57,7 +57,7 @@ class Holdings:
         grads = [param.grad for param in params]
         places = [[*map(Tensor.data_ptr, column)] for column in (*columns, grads)]
         self.addresses = np.array(places, np.uint64).T.copy()
-        self._lie, self._kinds = _lie([*self._kept, *grads]), _kinds(grads)
+        self._lie = _lie([*self._kept, *grads])
 
     def fit(self, helpers: int) -> bool:
         """Whether all is as it was but the gradients, which are `Tensor`s themselves and lie alike.
@@ -73,7 +73,7 @@ class Holdings:
         except KeyError:
             return False
         grads = [param.grad for param in self._params]
-        if {*map(type, grads)} != {Tensor} or _kinds(grads) != self._kinds:
+        if {*map(type, grads)} != {Tensor}:
             return False
         tensors = [*self._kept, *grads]
         if any(map(Tensor.is_neg, tensors)) or any(map(Tensor.is_conj, tensors)):
@@ -104,11 +104,7 @@ class Holdings:
 
 def _lie(tensors: Sequence[Tensor]) -> Any:
     in_order = all(map(Tensor.is_contiguous, tensors)) or [*map(Tensor.stride, tensors)]
-    return [*map(Tensor.size, tensors)], in_order
-
-
-def _kinds(grads: Sequence[Tensor]) -> Any:
-    return [(grad.dtype, grad.device) for grad in grads]
+    return [(tensor.dtype, tensor.device, tensor.shape) for tensor in tensors], in_order
 
 
 class Looked(Holdings):

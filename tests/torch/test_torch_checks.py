@@ -98,6 +98,7 @@ OTHERS = {
     "another shape": (lambda x: torch.ones(x.shape[::-1]), False),
     "more dimensions": (lambda x: x.clone()[None], False),
     "fewer dimensions": (lambda x: torch.ones(x.shape[:-1]), False),
+    "no dimensions": (lambda x: torch.ones(()), False),
     "another order": (lambda x: torch.ones(x.shape[::-1]).permute(*range(x.dim())[::-1]), False),
     "another stride of one element": (lambda x: torch.ones(9, 9, 3)[:2, :1], False),
     "that stride alone": (lambda x: torch.ones(6).as_strided((2, 1, 3), (3, 77, 1)), True),
@@ -183,6 +184,18 @@ def test_what_is_conjugated(which, way, ask):
     else:
         tensor = params[1] if which == "param" else states[1]["a"]
         tensor.data = tensor.data.conj()
+    assert not held.fit(0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("which", ["param", "a", "grad"])
+def test_what_is_read_as_another_dtype(which, way, ask):
+    """Of the same size, and for what stays at the same address."""
+    ask(way)
+    params, states, held = made(slots=("a",), dtype=torch.float16)
+    tensor = {"param": params[1], "a": states[1]["a"], "grad": params[1].grad}[which]
+    assert held.fit(0)
+    tensor.data = tensor.detach().view(torch.bfloat16)
     assert not held.fit(0)
 
 

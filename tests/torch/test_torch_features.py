@@ -12,7 +12,10 @@ import pytest
 import torch
 from support import TOLERANCE, assert_agree, gradients
 from torch.optim import lr_scheduler
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from twins import (
     IDS,
     NAMES,
@@ -502,6 +505,26 @@ def test_two_threads_step_two_optimizers():
         thread.join()
     for one, other in zip(optimizers, expected, strict=True):
         assert_twins_agree(one, other, "same")
+
+
+HOOKS = {
+    "before": lambda optimizer: optimizer.register_step_pre_hook,
+    "after": lambda optimizer: optimizer.register_step_post_hook,
+    "before all": lambda optimizer: register_optimizer_step_pre_hook,
+    "after all": lambda optimizer: register_optimizer_step_post_hook,
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_every_kind_of_step_hook_is_called(kind):
+    """PyTorch's wrapper of `step`, which calls them, is left out only where there are none."""
+    optimizer = ours("SGD")(make_params())
+    seen = []
+    handle = HOOKS[kind](optimizer)(lambda *given: seen.append(given))
+    train(optimizer, make_grads(steps=2))
+    handle.remove()
+    train(optimizer, make_grads(steps=1))
+    assert seen == [(optimizer, (optimizer,), {})] * 2
 
 
 @every_class
