@@ -147,7 +147,7 @@ def _functions() -> dict[str, Any] | None:
     return None if None in functions.values() else functions
 
 
-def bump(tensors: Objects) -> tuple[cpu.First, Objects | npt.NDArray[np.uint64]] | None:
+def bump(tensors: Objects) -> tuple[cpu.First, npt.NDArray[np.uint64]] | None:
     """What raises the version counters of tensors, as every write in place does; None if not here.
 
     Args:

@@ -80,41 +80,16 @@ def _functions() -> _Functions:
 
 _kept: list[Any] = []  # as the functions read it
 
-_TEXT = """\
-define i1 @items(ptr %known, ptr %list, i64 %n, ptr %objects) {
-%item.at = getelementptr ptr, ptr %known, i64 1
-%size = load ptr, ptr %known
-%item = load ptr, ptr %item.at
-%found = call i64 %size(ptr %list)
-%as.many = icmp eq i64 %found, %n
-br i1 %as.many, label %next, label %no
-next:
-%i = phi i64 [0, %0], [%i.next, %same]
-%more = icmp ult i64 %i, %n
-br i1 %more, label %look, label %yes
-look:
-%i.next = add i64 %i, 1
-%own = call ptr %item(ptr %list, i64 %i)
-%wanted.at = getelementptr ptr, ptr %objects, i64 %i
-%wanted = load ptr, ptr %wanted.at
-%is = icmp eq ptr %own, %wanted
-br i1 %is, label %same, label %no
-same:
-br label %next
-yes:
-ret i1 true
-no:
-ret i1 false
-}
-define i1 @values(ptr %known, ptr %dict, i64 %n, ptr %objects) {
+_LOOP = """\
+define i1 @{name}(ptr %known, ptr %object, i64 %n, ptr %objects) {{
 %place = alloca i64
-%value.to = alloca ptr
+%own.to = alloca ptr
 store i64 0, ptr %place
-%size.at = getelementptr ptr, ptr %known, i64 2
-%step.at = getelementptr ptr, ptr %known, i64 3
+%size.at = getelementptr ptr, ptr %known, i64 {size}
+%take.at = getelementptr ptr, ptr %known, i64 {take}
 %size = load ptr, ptr %size.at
-%step = load ptr, ptr %step.at
-%found = call i64 %size(ptr %dict)
+%take = load ptr, ptr %take.at
+%found = call i64 %size(ptr %object)
 %as.many = icmp eq i64 %found, %n
 br i1 %as.many, label %next, label %no
 next:
@@ -123,8 +98,7 @@ next:
 br i1 %more, label %look, label %yes
 look:
 %i.next = add i64 %i, 1
-%some = call i32 %step(ptr %dict, ptr %place, ptr null, ptr %value.to)
-%own = load ptr, ptr %value.to
+{own}
 %wanted.at = getelementptr ptr, ptr %objects, i64 %i
 %wanted = load ptr, ptr %wanted.at
 %is = icmp eq ptr %own, %wanted
@@ -135,5 +109,13 @@ yes:
 ret i1 true
 no:
 ret i1 false
-}
+}}
 """
+_ITEM = "%own = call ptr %take(ptr %object, i64 %i)"
+_VALUE = """\
+%some = call i32 %take(ptr %object, ptr %place, ptr null, ptr %own.to)
+%own = load ptr, ptr %own.to"""
+_TEXT = _LOOP.format(name="items", size=0, take=1, own=_ITEM) + _LOOP.format(
+    name="values", size=2, take=3, own=_VALUE
+)
+"""For each object, the next of those that the list or dict has."""
