@@ -42,17 +42,16 @@ class _Kind(NamedTuple):
             tf.raw_ops.AssignVariableOp(resource=handle, value=result)
 
 
-def is_possible(variables: Iterable[Any]) -> bool:
-    """Whether `update` can be used: not for variables with a copy on each of several devices."""
+def are_mirrored(variables: Iterable[Any]) -> bool:
+    """Whether one has a copy on each of several devices, which `update` cannot work on."""
     values = (v.value if isinstance(v, keras.Variable) else v for v in variables)
-    mirrored = any(isinstance(value, tf.distribute.DistributedValues) for value in values)
-    return not (mirrored or tf.distribute.has_strategy())
+    return any(isinstance(value, tf.distribute.DistributedValues) for value in values)
 
 
 def update(
     program: Program, scalars: Mapping[str, Any], t: Any, stored: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Run a program for many parameters, and assign the results.
+    """Run a program for many parameters, none of them mirrored, and assign the results.
 
     Two compiled calls do it, one for large tensors and one for small ones, stacked by shape.
     Neither is traced anew for other scalars, nor for other tensors of the same shapes. Where XLA

@@ -65,12 +65,12 @@ def threads() -> int:
 
 
 def find(grads: Sequence[Any], sizes: Sequence[int]) -> Found | None:
-    """Gradients of so many elements, none of them empty; None if one is not in this memory."""
+    """Gradients of one dtype and so many elements, none empty; None if not all in this memory."""
     if not all(map(_is_here, grads)):
         return None
     found = buffers(grads)
-    wanted = [grad.dtype.size * size for grad, size in zip(grads, sizes, strict=True)]
-    return (grads, found[:, DATA]) if found[:, BYTES].tolist() == wanted else None
+    fit = np.array_equal(found[:, BYTES], grads[0].dtype.size * np.asarray(sizes, np.uint64))
+    return (grads, found[:, DATA]) if fit else None
 
 
 class Variables:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from operator import is_
 from typing import Any, ClassVar, NamedTuple
@@ -40,12 +40,16 @@ class _Group:
 
     Attributes:
         variables: They.
+        shapes: What `shape_of` tells of their gradients.
+        can_be_compiled: What `_can_be_compiled` says of them.
         places: For each variant, the places of its own.
         plan: How kernels update them.
     """
 
-    variables: Sequence[Any]
-    places: dict[Hashable, list[int]]
+    variables: Sequence[Any] = ()
+    shapes: Sequence[Any] = ()
+    can_be_compiled: bool = False
+    places: dict[Hashable, list[int]] = field(default_factory=dict)
     plan: Any = None
 
 
@@ -90,7 +94,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self, learning_rate: Any, hyperparameters: Mapping[str, Any], **kwargs: Any
     ) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
-        self._group = _Group((), {})
+        self._group = _Group()
         for name, value in hyperparameters.items():
             if hasattr(self, name):
                 raise TypeError(f"{name!r} cannot be a hyperparameter: Keras uses it for its own")
@@ -200,7 +204,7 @@ class Optimizer(keras.optimizers.Optimizer):
         rule = self.rule_for(self.variant(variable), learning_rate)
         shape = tuple(variable.shape)
         program = trace(rule, shape=shape)
-        scalars = scalars_of(program, rule, self._numbers, self.iterations + 1)
+        scalars = scalars_of(program, rule, self._numbers, _next(self.iterations))
         stored = self._stored(program, gradient, variable)
         dtype = compute_dtype(keras.backend.standardize_dtype(variable.dtype))
         with _float64():
@@ -223,8 +227,9 @@ class Optimizer(keras.optimizers.Optimizer):
 
         That is, in the processor's memory, and wherever TensorFlow keeps one copy of each.
         """
-        t, can_be_compiled = self.iterations + 1, _can_be_compiled(trainable_variables)
-        group, works = self._group_of(trainable_variables), []
+        t, group = _next(self.iterations), self._group_of(trainable_variables)
+        can_be_compiled = group.can_be_compiled and not _has_strategy()
+        works: list[_Work] = []
         for variant, places in group.places.items():
             rule = self.rule_for(variant, learning_rate)
             program = trace(rule)
@@ -247,7 +252,8 @@ class Optimizer(keras.optimizers.Optimizer):
         """What is known of these variables, if they are the last step's."""
         group = self._group
         if len(group.variables) != len(variables) or not all(map(is_, group.variables, variables)):
-            group = _Group([*variables], {})
+            shapes = [shape_of(variable) for variable in variables]
+            group = _Group([*variables], shapes, _can_be_compiled(variables))
             for place, variable in enumerate(variables):
                 group.places.setdefault(self.variant(variable), []).append(place)
             self._group = group
@@ -309,7 +315,9 @@ class Optimizer(keras.optimizers.Optimizer):
         ):
             raise RuntimeError("the weights are those of eval(): call train() first")
         grads, variables = super()._filter_empty_gradients(grads, variables)
-        return dense(grads, variables), variables
+        if not _fit(grads, self._group_of(variables).shapes):
+            grads = dense(grads, variables)
+        return grads, variables
 
     def _checked(self, learning_rate: Any) -> Rule:
         rule_class, values = self.rule_of()
@@ -345,6 +353,31 @@ def check_dtype(variable: Any) -> None:
         )
 
 
+def shape_of(variable: Any) -> Any:
+    """The shape that a gradient must have, as it tells it; None if that is known only when it runs.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return tuple(variable.shape)
+    import tensorflow as tf
+
+    shape = tf.TensorShape(variable.shape)
+    return shape if shape.is_fully_defined() else None
+
+
+def _fit(grads: Sequence[Any], shapes: Sequence[Any]) -> bool:
+    """Whether gradients are tensors of these shapes; asked once for each class of them."""
+    one_of_each = {type(grad): grad for grad in grads}.values()
+    return all(map(_is_tensor, one_of_each)) and [grad.shape for grad in grads] == shapes
+
+
+def _is_tensor(gradient: Any) -> bool:
+    if keras.backend.backend() != "tensorflow":
+        return bool(ops.is_tensor(gradient))
+    import tensorflow as tf
+
+    return isinstance(gradient, tf.Tensor)
+
+
 def dense(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
     """The gradients as tensors of their variables' shapes.
 
@@ -353,7 +386,7 @@ def dense(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
     """
     if keras.backend.backend() == "tensorflow":
         return [_dense(*pair) for pair in zip(grads, variables, strict=True)]
-    tensors = [x if ops.is_tensor(x) else ops.convert_to_tensor(x) for x in grads]
+    tensors = [x if _is_tensor(x) else ops.convert_to_tensor(x) for x in grads]
     for tensor, variable in zip(tensors, variables, strict=True):
         if tensor.shape != variable.shape:
             raise _misshapen(tensor, variable)
@@ -366,7 +399,7 @@ def _dense(gradient: Any, variable: Any) -> Any:
     if isinstance(gradient, tf.IndexedSlices):
         rows = variable.shape[0]
         gradient = tf.math.unsorted_segment_sum(gradient.values, gradient.indices, rows)
-    if not isinstance(gradient, tf.Tensor):
+    if not _is_tensor(gradient):
         gradient = tf.convert_to_tensor(gradient)
     if not gradient.shape.is_compatible_with(variable.shape):
         raise _misshapen(gradient, variable)
@@ -392,7 +425,14 @@ def _can_be_compiled(variables: list[Any]) -> bool:
         return False
     from portopt_tf import compiled
 
-    return compiled.is_possible(variables)
+    return not compiled.are_mirrored(variables)
+
+
+def _has_strategy() -> bool:
+    """Whether a TensorFlow strategy runs the step, on Keras's TensorFlow backend."""
+    import tensorflow as tf
+
+    return bool(tf.distribute.has_strategy())
 
 
 def _unseen(function: Any) -> Any:
@@ -420,10 +460,16 @@ def scalars_of(program: Program, rule: Rule, numbers: Mapping[str, Any], t: Any)
         return program.scalars({**values, **known}, double(t), double)
 
 
+def _next(iterations: Any) -> Any:
+    """The number of the step after so many: an int where it has a value."""
+    return iterations + 1 if _is_symbolic(iterations) else int(_number(iterations)) + 1
+
+
 def _number(x: Any) -> float:
-    if isinstance(x, float) or keras.backend.backend() != "tensorflow":
+    try:
         return float(x)
-    return float(x + 0)  # a mirrored variable is no number, but its sums are
+    except TypeError:  # a mirrored variable is no number, but its sums are
+        return float(x + 0)
 
 
 def _is_symbolic(x: Any) -> bool:
