@@ -16,7 +16,7 @@ from torch import Tensor
 
 import portopt
 import portopt_torch
-from portopt.bench import OURS, RULES, TAIL, Case, Contender, Step, answer
+from portopt.bench import OURS, RULES, TAILS, Case, Contender, Step, answer
 
 MODES = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 SCALE, NORM, DECAY = 1024.0, 1.0, 0.999
@@ -29,7 +29,9 @@ def contenders(case: Case) -> list[Contender]:
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in case.shapes]
     grads = [torch.randn(shape) for shape in case.shapes]
-    return tails(params, grads) if case.rule == TAIL else paths(case, params, grads)
+    if case.rule in TAILS:
+        return tails(params, grads, zeroed=TAILS[case.rule])
+    return paths(case, params, grads)
 
 
 def paths(case: Case, params: list[Tensor], grads: list[Tensor]) -> list[Contender]:
@@ -62,9 +64,12 @@ def paths(case: Case, params: list[Tensor], grads: list[Tensor]) -> list[Contend
     return found
 
 
-def tails(params: list[Tensor], scaled: list[Tensor]) -> list[Contender]:
-    """The whole tail of a training step: ours in one pass, the native's as users write it."""
-    name, arguments = RULES[TAIL].torch
+def tails(params: list[Tensor], scaled: list[Tensor], *, zeroed: bool) -> list[Contender]:
+    """The whole tail of a training step: ours in one pass, the native's as users write it.
+
+    At its end the gradients are zeros, or given up, as `torch.optim.Optimizer.zero_grad` does.
+    """
+    name, arguments = RULES["tail"].torch
     grads = [torch.empty_like(grad) for grad in scaled]
     average = [param.detach().clone() for param in params]
     state: dict[Tensor, Any] = defaultdict(dict)
@@ -76,12 +81,19 @@ def tails(params: list[Tensor], scaled: list[Tensor]) -> list[Contender]:
             param.grad = grad
 
     def ours() -> Step:
-        around = portopt.Around(grad_scale=SCALE, clip_norm=NORM, ema_decay=DECAY, zero_grad=True)
+        around = portopt.Around(
+            grad_scale=SCALE, clip_norm=NORM, ema_decay=DECAY, zero_grad=zeroed
+        )
         optimizer = getattr(portopt_torch, name)(params, **arguments, around=around)
         optimizer.state = state
-        return optimizer.step
 
-    def native(set_to_none: bool, **flags: bool) -> Callable[[], Step]:
+        def step() -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return optimizer.step if zeroed else step
+
+    def native(**flags: bool) -> Callable[[], Step]:
         def make() -> Step:
             optimizer = getattr(torch.optim, name)(params, **arguments, **flags)
             optimizer.state = state
@@ -92,16 +104,15 @@ def tails(params: list[Tensor], scaled: list[Tensor]) -> list[Contender]:
                 torch.nn.utils.clip_grad_norm_(params, NORM, foreach=True)
                 optimizer.step()
                 torch._foreach_lerp_(average, weights, 1 - DECAY)
-                optimizer.zero_grad(set_to_none)
+                optimizer.zero_grad(set_to_none=not zeroed)
 
             return step
 
         return make
 
     found = [
-        Contender("step", "fused", native(True, fused=True), backward),
-        Contender("step", "fused, zeroed", native(False, fused=True), backward),
-        Contender("step", "foreach", native(True, foreach=True), backward),
+        Contender("step", "fused", native(fused=True), backward),
+        Contender("step", "foreach", native(foreach=True), backward),
     ]
     if hasattr(portopt, "Around"):
         found.insert(0, Contender("step", OURS, ours, backward))

@@ -111,9 +111,10 @@ def _contest(
 
 
 CENTERED = {"momentum": 0.9, "centered": True}
-TAIL = "tail"
+TAILS = {"tail": False, "tail-zeroed": True}
 """What stands around AdamW in a training loop: unscale the gradients, clip them by their global
-norm, step, keep an average of the weights, zero the gradients. In PyTorch alone."""
+norm, step, keep an average of the weights; then give the gradients up, or write zeros to them. In
+PyTorch alone."""
 
 RULES: dict[str, Contest] = {
     "sgd": _contest(SGD(lr=1e-4), ("SGD", {}), ("SGD", {}), ("sgd", {})),
@@ -142,7 +143,7 @@ RULES: dict[str, Contest] = {
     "radam": _contest(RAdam(lr=1e-4), ("RAdam", {}), optax=("radam", {})),
     "asgd": _contest(ASGD(lr=1e-4), ("ASGD", {})),
     "rprop": _contest(Rprop(lr=1e-4), ("Rprop", {}), optax=("rprop", {})),
-    TAIL: _contest(AdamW(lr=1e-4), ("AdamW", {})),
+    **{tail: _contest(AdamW(lr=1e-4), ("AdamW", {})) for tail in TAILS},
 }
 
 
@@ -150,8 +151,8 @@ def bytes_per_element(name: str) -> int:
     """What a step of a rule must move for each float32 element: all it reads, all it writes."""
     slots = len(trace(RULES[name].rule).slots)
     arrays = 2 + slots + 1 + slots
-    if name == TAIL:
-        arrays += 1 + 2 + 1  # the norm reads the gradient, the average, the zeros
+    if name in TAILS:
+        arrays += 1 + 2 + TAILS[name]  # the norm reads the gradient, the average, the zeros
     return 4 * arrays
 
 
@@ -201,11 +202,11 @@ UNFUSED = ("adadelta", "adamax", "nadam", "radam", "asgd", "rprop")
 DEFAULT: dict[str, dict[str, tuple[str, ...]]] = {
     "numpy": {"16m": ("adamw", "lion"), "resnet50": ("adamw",), "1000x32x32": ("adamw",)},
     "torch": {
-        "16m": (*SINGLE, TAIL),
-        "resnet50": (*SINGLE, "adagrad", *UNFUSED, TAIL),
-        "vit-b": ("momentum", "rmsprop", "adamw", "lion", TAIL),
+        "16m": (*SINGLE, *TAILS),
+        "resnet50": (*SINGLE, "adagrad", *UNFUSED, *TAILS),
+        "vit-b": ("momentum", "rmsprop", "adamw", "lion", *TAILS),
         "gpt2": ("momentum", "rmsprop", "adamw", "lion"),
-        "1000x32x32": (*SINGLE, TAIL),
+        "1000x32x32": (*SINGLE, *TAILS),
     },
     "keras": {"16m": SINGLE, "resnet50": SINGLE, "1000x32x32": ("adamw",)},
     "keras-torch": {"resnet50": SINGLE, "1000x32x32": ("sgd", "adamw")},
@@ -224,7 +225,7 @@ def plan(framework: str, rules: Sequence[str], mixes: Sequence[str], quick: bool
         quick: Only AdamW on one tensor, unless something else is asked for.
     """
     if rules or mixes or quick:
-        some = (*rules,) or (("adamw", TAIL) if quick else tuple(RULES))
+        some = (*rules,) or (("adamw", "tail") if quick else tuple(RULES))
         chosen = {mix: some for mix in ((*mixes,) or (("16m",) if quick else MIXES))}
     else:
         chosen = DEFAULT[framework]
@@ -232,5 +233,5 @@ def plan(framework: str, rules: Sequence[str], mixes: Sequence[str], quick: bool
         Case(rule, mix, not quick and (mix == "16m" or (rule, mix) == ("adamw", "resnet50")))
         for mix, names in chosen.items()
         for rule in names
-        if rule != TAIL or framework == "torch"
+        if rule not in TAILS or framework == "torch"
     ]

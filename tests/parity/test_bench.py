@@ -6,13 +6,14 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 from support import assert_agree
 
 from portopt import Optimizer, bench, cli, plots, trace, worker
-from portopt.bench import OURS, RULES, TAIL, Case, Contender, Timing
+from portopt.bench import OURS, RULES, TAILS, Case, Contender, Timing
 
 FRAMEWORKS = [f for f, needed in bench.FRAMEWORKS.items() if not any(map(worker.missing, needed))]
 
@@ -37,7 +38,8 @@ def test_mixes_are_the_models_that_they_are_called(mix, tensors, elements):
 
 
 def test_bytes_are_those_that_a_step_must_move():
-    sizes = {"sgd": 12, "momentum": 20, "adam": 28, "amsgrad": 36, "lion": 20, TAIL: 44}
+    sizes = {"sgd": 12, "momentum": 20, "adam": 28, "amsgrad": 36, "lion": 20, "tail": 40}
+    sizes["tail-zeroed"] = 44
     assert {rule: bench.bytes_per_element(rule) for rule in sizes} == sizes
 
 
@@ -64,8 +66,9 @@ def test_every_rule_and_mix_is_timed_by_default():
     everything = [case for plan in plans.values() for case in plan]
     assert {case.rule for case in everything} == set(RULES)
     assert {case.mix for case in everything} == set(bench.MIXES)
-    assert {f for f, plan in plans.items() if any(case.rule == TAIL for case in plan)} == {"torch"}
-    asked = bench.plan("keras", ["sgd", TAIL], ["gpt2"], False)
+    tails = {f: {case.rule for case in plan} & {*TAILS} for f, plan in plans.items()}
+    assert {f: found for f, found in tails.items() if found} == {"torch": {*TAILS}}
+    asked = bench.plan("keras", ["sgd", *TAILS], ["gpt2"], False)
     assert asked == [Case("sgd", "gpt2", False)]
 
 
@@ -109,7 +112,7 @@ def test_peak_memory_is_that_of_the_step_alone():
 
 
 START = np.linspace(-1e-3, 1e-3, 1000, dtype=np.float32)  # a step moves it far
-TWINS = [rule for rule, contest in RULES.items() if contest.torch and rule != TAIL]
+TWINS = [rule for rule, contest in RULES.items() if contest.torch and rule not in TAILS]
 GRADIENT = np.linspace(-2, 3, 1000, dtype=np.float32)
 
 
@@ -125,8 +128,8 @@ def test_paths_of_pytorch_do_the_same(rule):
     for _ in range(3):
         optimizer.step({"w": GRADIENT})
     assert {OURS, "default", "foreach"} <= set(results)
-    for path, result in results.items():
-        assert_agree(result, expected["w"], "float32", start=START, what=path)
+    for path, param in results.items():
+        assert_agree(param.detach(), expected["w"], "float32", start=START, what=path)
 
 
 @pytest.mark.parametrize("rule", TWINS)
@@ -143,14 +146,17 @@ def test_twins_have_the_slots_of_the_rule(rule):
 
 # Adam sees how large a gradient is beside eps alone; the norm is below 1, or far above it.
 @pytest.mark.parametrize("gradient", [1e-8 * GRADIENT, np.where(GRADIENT > 2.9, 1e6, 1e-2)])
-def test_tails_of_pytorch_do_the_same(gradient):
+@pytest.mark.parametrize("zeroed", TAILS.values())
+def test_tails_of_pytorch_do_the_same(gradient, zeroed):
     torch = pytest.importorskip("torch")
     from portopt_torch.bench import tails
 
-    results = run_paths(torch, tails, gradient.astype(np.float32))
-    assert {OURS, "fused", "fused, zeroed", "foreach"} == set(results)
-    for path, result in results.items():
-        assert_agree(result, results["fused"], "float32", start=START, what=path)
+    results = run_paths(torch, partial(tails, zeroed=zeroed), gradient.astype(np.float32))
+    assert {OURS, "fused", "foreach"} == set(results)
+    expected = results["fused"].detach()
+    for path, param in results.items():
+        assert_agree(param.detach(), expected, "float32", start=START, what=path)
+        assert (param.grad.tolist() == [0.0] * len(START)) if zeroed else param.grad is None
 
 
 def run_paths(torch, make, gradient):
@@ -164,7 +170,7 @@ def run_paths(torch, make, gradient):
         for _ in range(3):
             contender.before()
             step()
-        results[contender.path] = param.detach().numpy()
+        results[contender.path] = param
     return results
 
 
