@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from operator import is_
 from typing import Any, ClassVar, NamedTuple
@@ -46,10 +46,10 @@ class _Group:
         plan: How kernels update them.
     """
 
-    variables: Sequence[Any] = ()
-    shapes: Sequence[Any] = ()
-    can_be_compiled: bool = False
-    places: dict[Hashable, list[int]] = field(default_factory=dict)
+    variables: Sequence[Any]
+    shapes: Sequence[Any]
+    can_be_compiled: bool
+    places: dict[Hashable, list[int]]
     plan: Any = None
 
 
@@ -94,7 +94,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self, learning_rate: Any, hyperparameters: Mapping[str, Any], **kwargs: Any
     ) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
-        self._group = _Group()
+        self._group = _Group((), (), False, {})
         for name, value in hyperparameters.items():
             if hasattr(self, name):
                 raise TypeError(f"{name!r} cannot be a hyperparameter: Keras uses it for its own")
@@ -253,7 +253,7 @@ class Optimizer(keras.optimizers.Optimizer):
         group = self._group
         if len(group.variables) != len(variables) or not all(map(is_, group.variables, variables)):
             shapes = [shape_of(variable) for variable in variables]
-            group = _Group([*variables], shapes, _can_be_compiled(variables))
+            group = _Group([*variables], shapes, _can_be_compiled(variables), {})
             for place, variable in enumerate(variables):
                 group.places.setdefault(self.variant(variable), []).append(place)
             self._group = group
@@ -354,8 +354,7 @@ def check_dtype(variable: Any) -> None:
 
 
 def shape_of(variable: Any) -> Any:
-    """The shape that a gradient must have, as it tells it; None if that is known only when it runs.
-    """
+    """The shape that a gradient must have, as it tells it; None if only the run will tell."""
     if keras.backend.backend() != "tensorflow":
         return tuple(variable.shape)
     import tensorflow as tf

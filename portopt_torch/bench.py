@@ -81,9 +81,7 @@ def tails(params: list[Tensor], scaled: list[Tensor], *, zeroed: bool) -> list[C
             param.grad = grad
 
     def ours() -> Step:
-        around = portopt.Around(
-            grad_scale=SCALE, clip_norm=NORM, ema_decay=DECAY, zero_grad=zeroed
-        )
+        around = portopt.Around(grad_scale=SCALE, clip_norm=NORM, ema_decay=DECAY, zero_grad=zeroed)
         optimizer = getattr(portopt_torch, name)(params, **arguments, around=around)
         optimizer.state = state
 

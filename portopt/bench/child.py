@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
+import operator
 import os
 import random
 import statistics
@@ -101,6 +102,7 @@ def _measure(
             contenders[place].before()
             samples[place].append(_timed(steps[place]))
     limit = bytes_per_element(case.rule) * case.elements / statistics.median(additions)
+    ours = {c.mode: own for c, own in zip(contenders, samples, strict=True) if c.path == OURS}
     for place, contender in enumerate(contenders):
         yield Timing(
             framework=framework,
@@ -113,7 +115,12 @@ def _measure(
             first=first[place],
             extra=extra[place],
             rounds=len(samples[place]),
+            ours=_ratio(ours.get(contender.mode), samples[place]),
         )
+
+
+def _ratio(ours: Sequence[float] | None, others: Sequence[float]) -> float | None:
+    return statistics.median(map(operator.truediv, ours, others)) if ours else None
 
 
 def _timed(step: Step) -> float:

@@ -13,13 +13,13 @@ import pytest
 from support import assert_agree
 
 from portopt import Optimizer, bench, cli, plots, trace, worker
-from portopt.bench import OURS, RULES, TAILS, Case, Contender, Timing
+from portopt.bench import OURS, RULES, TAILS, Case, Contender, Timing, child
 
 FRAMEWORKS = [f for f, needed in bench.FRAMEWORKS.items() if not any(map(worker.missing, needed))]
 
 
-def timing(path, seconds, mode="step", rule="adam", framework="torch"):
-    return Timing(framework, mode, rule, "16m", path, seconds, 0.5, 1.0, 2_000_000, 3)
+def timing(path, seconds, ours, mode="step", rule="adam", framework="torch"):
+    return Timing(framework, mode, rule, "16m", path, seconds, 0.5, 1.0, 2_000_000, 3, ours)
 
 
 @pytest.mark.parametrize(
@@ -45,18 +45,18 @@ def test_bytes_are_those_that_a_step_must_move():
 
 def test_ours_is_compared_with_the_fastest_native_of_its_mode():
     timings = [
-        *(timing(OURS, 1.0), timing("foreach", 4.0), timing("fused", 2.0)),
-        *(timing(OURS, 3.0, mode="graph"), timing("keras", 1.5, mode="graph")),
-        *(timing(OURS, 1.0, rule="lion"), timing("native alone", 1.0, rule="sgd")),
+        *(timing(OURS, 1.0, 1.0), timing("foreach", 4.0, 0.3), timing("fused", 2.0, 0.6)),
+        *(timing(OURS, 3.0, 1.0, mode="graph"), timing("keras", 1.5, 2.0, mode="graph")),
+        *(timing(OURS, 1.0, 1.0, rule="lion"), timing("native alone", 1.0, None, rule="sgd")),
     ]
     groups = bench.groups(timings)
     assert [(group.ours.mode, group.ours.rule) for group in groups] == [
         *(("step", "adam"), ("graph", "adam"), ("step", "lion"))
     ]
-    assert [group.ratio for group in groups] == [0.5, 2.0, None]
+    assert [group.ratio for group in groups] == [0.6, 2.0, None]
     head, lines = bench.step_table(groups)
     times = ["500.00", "1000.00", "4000.00", "2000.00", "-"]
-    assert lines[0] == ["adam", "step", *times, "0.50", "50%", "2.0", "2.0"]
+    assert lines[0] == ["adam", "step", *times, "0.60", "50%", "2.0", "2.0"]
     assert all(len(line) == len(head) for line in lines)
     assert len(plots.step_times(groups).axes) == 1
 
@@ -95,6 +95,23 @@ def test_paths_take_turns_and_preparations_are_done_first(capsys):
     rounds = [*zip(paths[::2], paths[1::2], strict=True)]
     assert rounds[:2] == [("a", "b")] * 2  # the first steps, and those whose memory is measured
     assert {*rounds[2:]} == {("a", "b"), ("b", "a")} and len(rounds) == 5
+
+
+def test_ours_is_compared_within_each_round(monkeypatch, capsys):
+    monkeypatch.setattr(child, "_timed", lambda step: step())  # a step says how long it takes
+
+    def contender(path, mode, *seconds):
+        times = iter((0.0, 0.0, *seconds))  # the first step, and that whose memory is measured
+        return Contender(mode, path, make=lambda: lambda: next(times))
+
+    paths = [
+        *(contender(OURS, "eager", 1.0, 10.0, 3.0), contender("a", "eager", 2.0, 40.0, 4.0)),
+        contender("b", "graph", 1.0, 1.0, 1.0),
+    ]
+    bench.answer("numpy", lambda case: paths, {"cases": [("adam", "16m", False)], "seconds": 0.0})
+    lines = capsys.readouterr().out.splitlines()[1:]
+    found = [json.loads(line.removeprefix(worker.MARK))["timing"]["ours"] for line in lines]
+    assert found == [1.0, 0.5, None]  # of the medians it is 3 / 4
 
 
 def test_peak_memory_is_that_of_the_step_alone():
@@ -200,7 +217,7 @@ def test_a_framework_that_fails_does_not_lose_the_others(monkeypatch, capsys, tm
     def ask(framework, *rest):
         if framework == "torch":
             raise worker.WorkerError("torch ended with status 1")
-        return [timing(OURS, 1.0, framework=framework)]
+        return [timing(OURS, 1.0, 1.0, framework=framework)]
 
     monkeypatch.setattr(worker, "missing", lambda needed: needed if needed == "optax" else None)
     monkeypatch.setattr(bench, "ask", ask)
