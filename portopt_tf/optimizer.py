@@ -19,6 +19,7 @@ from portopt.program import Program
 from portopt.rules import HyperparameterError, Rule
 from portopt.rules.base import PARAM, Slots
 from portopt.trace import trace
+from portopt_tf.gradients import dense, fit, path_of, shape_of
 
 _KEEP_PROTOCOL = ("jax", "torch", "numpy")
 """The backends with array API namespaces; there, keras.ops may turn float64 into float32."""
@@ -315,7 +316,7 @@ class Optimizer(keras.optimizers.Optimizer):
         ):
             raise RuntimeError("the weights are those of eval(): call train() first")
         grads, variables = super()._filter_empty_gradients(grads, variables)
-        if not _fit(grads, self._group_of(variables).shapes):
+        if not fit(grads, self._group_of(variables).shapes):
             grads = dense(grads, variables)
         return grads, variables
 
@@ -351,72 +352,6 @@ def check_dtype(variable: Any) -> None:
         raise TypeError(
             f"variable {path_of(variable)!r} must have a dtype among {allowed}, has {dtype}"
         )
-
-
-def shape_of(variable: Any) -> Any:
-    """The shape that a gradient must have, as it tells it; None if only the run will tell."""
-    if keras.backend.backend() != "tensorflow":
-        return tuple(variable.shape)
-    import tensorflow as tf
-
-    shape = tf.TensorShape(variable.shape)
-    return shape if shape.is_fully_defined() else None
-
-
-def _fit(grads: Sequence[Any], shapes: Sequence[Any]) -> bool:
-    """Whether gradients are tensors of these shapes; asked once for each class of them."""
-    one_of_each = {type(grad): grad for grad in grads}.values()
-    return all(map(_is_tensor, one_of_each)) and [grad.shape for grad in grads] == shapes
-
-
-def _is_tensor(gradient: Any) -> bool:
-    if keras.backend.backend() != "tensorflow":
-        return bool(ops.is_tensor(gradient))
-    import tensorflow as tf
-
-    return isinstance(gradient, tf.Tensor)
-
-
-def dense(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-    """The gradients as tensors of their variables' shapes.
-
-    The rows that TensorFlow gives for an embedding are summed. A shape that is not known yet,
-    inside a ``tf.function``, is checked when it runs.
-    """
-    if keras.backend.backend() == "tensorflow":
-        return [_dense(*pair) for pair in zip(grads, variables, strict=True)]
-    tensors = [x if _is_tensor(x) else ops.convert_to_tensor(x) for x in grads]
-    for tensor, variable in zip(tensors, variables, strict=True):
-        if tensor.shape != variable.shape:
-            raise _misshapen(tensor, variable)
-    return tensors
-
-
-def _dense(gradient: Any, variable: Any) -> Any:
-    import tensorflow as tf
-
-    if isinstance(gradient, tf.IndexedSlices):
-        rows = variable.shape[0]
-        gradient = tf.math.unsorted_segment_sum(gradient.values, gradient.indices, rows)
-    if not _is_tensor(gradient):
-        gradient = tf.convert_to_tensor(gradient)
-    if not gradient.shape.is_compatible_with(variable.shape):
-        raise _misshapen(gradient, variable)
-    if gradient.shape.is_fully_defined():
-        return gradient
-    return tf.ensure_shape(gradient, variable.shape)
-
-
-def _misshapen(gradient: Any, variable: Any) -> ValueError:
-    return ValueError(
-        f"the gradient of {path_of(variable)!r} must have the variable's shape "
-        f"{tuple(variable.shape)}, has {tuple(gradient.shape)}"
-    )
-
-
-def path_of(variable: Any) -> str:
-    """Where a variable is in its model."""
-    return getattr(variable, "path", variable.name)  # a tf.Variable has no path
 
 
 def _can_be_compiled(variables: list[Any]) -> bool:

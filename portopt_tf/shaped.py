@@ -9,7 +9,8 @@ from typing import Any
 from keras import ops
 
 from portopt import rules
-from portopt_tf.optimizer import Optimizer, path_of
+from portopt_tf.gradients import path_of
+from portopt_tf.optimizer import Optimizer
 
 _ADAM = next(native for native in rules.Adam.natives if native.framework == "keras")
 

@@ -14,7 +14,8 @@ from portopt.rules import Rule
 from portopt.sharding.plan import ALIGN
 from portopt.trace import trace
 from portopt_tf import compiled
-from portopt_tf.optimizer import check_dtype, dense, path_of, scalars_of
+from portopt_tf.gradients import dense, path_of
+from portopt_tf.optimizer import check_dtype, scalars_of
 
 
 class Sharded:
