@@ -43,4 +43,18 @@ for index in range(2):
         optimizer.apply([tf.ones(3, "float64")], [looped])  # outside the strategy's scope
         results[-1] += looped.values
 assert_variables(results[1], results[0], "float64")
+
+
+def refuses(optimizer):
+    """Whether a variable from outside the strategy, one for both replicas, is left alone."""
+    outside = tf.Variable(np.ones(3))
+    optimizer.build([outside])
+    try:
+        strategy.run(lambda: optimizer.apply([tf.ones(3, "float64")], [outside]))
+    except AssertionError:  # TensorFlow's
+        return bool((outside.numpy() == 1).all() and optimizer.iterations.numpy() == 0)
+    return False
+
+
+assert [refuses(optimizer) for optimizer in case("centered")] == [True, True]
 print("agreed")

@@ -259,6 +259,14 @@ def test_a_variable_that_became_smaller_is_refused(launches):
     assert launches == [1]
 
 
+def test_gradients_of_another_size_are_not_worked_on():
+    """The last look before memory is written to, behind that at shapes."""
+    grads = [tf.ones([3]), tf.ones([2, 2])]
+    assert memory.find(grads, [3, 4]) is not None
+    for sizes in ([3, 5], [4, 4], [12, 4]):
+        assert memory.find(grads, sizes) is None
+
+
 @pytest.mark.usefixtures("fresh")  # nor is anything found out meanwhile
 def test_asynchronous_steps_are_compiled(launches):
     variable, ours = tf.Variable(tf.ones([10])), portopt_tf.SGD(0.5)
