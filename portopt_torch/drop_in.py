@@ -296,17 +296,17 @@ def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
             del given["self"]
             super().__init__(given.pop("params"), given, given.pop("around"))
             for group in self.param_groups if native.eager else ():
-                rule, program = self._traced(group)
+                rule, _ = self._traced(group)
                 for param in group["params"]:
                     self.state[param]["step"] = begin_count("step", rule, group, param)
-                    add_slots(self.state[param], rule, program.slots, param)
+                    add_slots(self.state[param], rule, rule.slots, param)
 
         if native.eager:
 
             def share_memory(self) -> None:
                 """Let other processes share the slots."""
                 for group in self.param_groups:
-                    for slot in self._traced(group)[1].slots:
+                    for slot in self._traced(group)[0].slots:
                         for param in group["params"]:
                             self.state[param][slot].share_memory_()
 

@@ -36,7 +36,7 @@ def storage(tensors: Sequence[Tensor]) -> tuple[str, ...]:
 class Batch:
     """Parameters of one program that are stored alike: a launch.
 
-    Their numbers of steps stand side by side; each state's "step" is a view of its own.
+    Their numbers of steps stand side by side in one tensor; each state's "step" is a view of it.
 
     Args:
         program: What to compute.
@@ -56,6 +56,7 @@ class Batch:
         self.present = present.tolist()
         counting = ["step"] if "step" in self.states[0] else []
         self.counts = {name: self._side_by_side(name) for name in (*counting, *program.numbers)}
+        self.counts_at = self._counts_at()
         self.holdings = holdings(self.params, self.states, program.slots, [*self.counts])
         # While these live, nothing else can come to lie at those addresses.
         slots = [[state[slot] for state in self.states] for slot in program.slots]
@@ -63,7 +64,7 @@ class Batch:
         grads = [gradient(param) for param in self.params]
         sizes = [grad.numel() * (1 + grad.is_complex()) for grad in grads]
         stored = storage([self.params[0], grads[0], *(column[0] for column in slots)])
-        table = np.insert(self.holdings.addresses[:, :-1], 1, self._places(), axis=1)
+        table = np.insert(self.holdings.addresses[:, :-1], 1, self.places(), axis=1)
         self._make_launches(stored, table, sizes)
         self.on_device = "step" in self.counts and self.counts["step"].is_cuda
         self.columns = {} if self.on_device else {k: v.numpy() for k, v in self.counts.items()}
@@ -72,22 +73,29 @@ class Batch:
             self.steps = np.where([member.first for member in members], 0.0, 1.0)
 
     def _side_by_side(self, name: str) -> Tensor:
-        """Join the numbers of that name; each state's own becomes a view."""
-        joined = torch.stack([state[name].reshape(()) for state in self.states])
-        # A half type cannot count beyond 2048, or 256.
-        joined = joined if joined.dtype.itemsize > 2 else joined.float()
-        for state, view in zip(self.states, joined.unbind(), strict=True):
-            state[name] = view
+        """Those numbers as one tensor, of which each state's own is, or becomes, a view."""
+        own = [state[name].detach() for state in self.states]
+        joined = _joined(own)
+        if joined is None:
+            joined = torch.stack([number.reshape(()) for number in own])
+            joined = joined if joined.dtype.itemsize > 2 else joined.float()
+            for state, number, view in zip(self.states, own, joined.unbind(), strict=True):
+                state[name] = view.reshape(number.shape)
         return joined
+
+    def _counts_at(self) -> list[int]:
+        """Where the numbers are, which move where processes begin to share them."""
+        return [*map(Tensor.data_ptr, self.counts.values())]
 
     def fits(self) -> bool:
         """Whether all is as it was but the gradients' places, which are noted."""
-        if not self.holdings.fit(self.step.helpers(torch.get_num_threads())):
+        fit = self.holdings.fit(self.step.helpers(torch.get_num_threads()))
+        if not fit or self._counts_at() != self.counts_at:
             return False
-        self.step.table[:, 1] = self._places()
+        self.step.table[:, 1] = self.places()
         return True
 
-    def _places(self) -> Any:
+    def places(self) -> Any:
         """Where the gradients are."""
         return self.holdings.addresses[:, -1]
 
@@ -198,6 +206,20 @@ class CudaBatch(Batch):
 
     def _run(self, found_inf: Tensor | None) -> None:
         self.step.run(found_inf)
+
+
+def _joined(numbers: Sequence[Tensor]) -> Tensor | None:
+    """The tensor of which these are the elements, one after the other; None if there is none."""
+    first, n = numbers[0], len(numbers)
+    size, storage = first.itemsize, first.untyped_storage().data_ptr()
+    places = range(first.data_ptr(), first.data_ptr() + n * size, size)
+    whole = (
+        size > 2  # a half type cannot count beyond 2048, or 256
+        and {number.dtype for number in numbers} == {first.dtype}
+        and [*map(Tensor.data_ptr, numbers)] == [*places]
+        and {number.untyped_storage().data_ptr() for number in numbers} == {storage}
+    )
+    return first.as_strided((n,), (1,)) if whole else None
 
 
 def _is_even(column: Any) -> bool:

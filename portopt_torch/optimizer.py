@@ -87,7 +87,7 @@ class Optimizer(torch.optim.Optimizer):
     words: ClassVar[Mapping[str, str]] = {}
     """How errors begin for a field, where not as in `NATIVE_WORDS`."""
 
-    around = Around()
+    _around = Around()
     _loading = False
     _plan: Plan | None = None
     # What `Sharded` tells its part:
@@ -97,11 +97,20 @@ class Optimizer(torch.optim.Optimizer):
     """Whether new parameters are to be written into the gradients."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], around: Around | None = None) -> None:
-        if not isinstance(around, Around | None):
-            raise TypeError(f"around must be a portopt.Around or None, got {around!r}")
-        self.around = around or Around()
+        self.around = around  # type: ignore[assignment]  # the setter takes None
         self._check(defaults)
         super().__init__(params, defaults)
+
+    @property
+    def around(self) -> Around:
+        """What stands around the rule; it may be changed between steps."""
+        return self._around
+
+    @around.setter
+    def around(self, around: Around | None) -> None:
+        if not isinstance(around, Around | None):
+            raise TypeError(f"around must be a portopt.Around or None, got {around!r}")
+        self._around = around or Around()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -123,9 +132,11 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            for param in self.param_groups[-1]["params"]:
-                shapes_of(self._traced(self.param_groups[-1])[0], param)
+            rule, _ = self._traced(group)
+            for param in group["params"]:
+                shapes_of(rule, param)
         except ValueError:  # the rule takes no such parameter
             self.param_groups.pop()
             raise
@@ -141,10 +152,12 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse where that is not possible, a slot has not its
-                parameter's shape, or ``fused=True`` with what no kernel takes; nothing is changed
-                then. After `eval`, for a rule that has other weights then.
-            TypeError: a parameter with a gradient has a dtype other than float16, bfloat16,
-                float32, float64 and their complex kin; nothing is changed then.
+                parameter's shape, two parameters have one gradient, which ``zero_grad`` is to zero,
+                or ``fused=True`` with what no kernel takes; nothing is changed then. After `eval`,
+                for a rule that has other weights then.
+            TypeError: a hyperparameter is no number, or a parameter with a gradient has a dtype
+                other than float16, bfloat16, float32, float64 and their complex kin; nothing is
+                changed then.
         """
         for group in self.param_groups:
             if not group.get("train_mode", True):
@@ -178,9 +191,9 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group.get("train_mode", training) != training:
                 group["train_mode"] = training
+                rule, _ = self._traced(group)
                 for param in group["params"]:
                     if self.state.get(param):
-                        rule = self._traced(group)[0]
                         plain.switch(rule, param, self.state[param], training=training)
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,7 +240,7 @@ class Optimizer(torch.optim.Optimizer):
         """What a copy or a pickle keeps."""
         state: dict[str, Any] = super().__getstate__()
         # The base class adds to the defaults that it is given.
-        return {**state, "defaults": dict(self.defaults), "around": self.around}
+        return {**state, "defaults": dict(self.defaults), "_around": self.around}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in what the states of older versions lack."""
@@ -262,8 +275,7 @@ class Optimizer(torch.optim.Optimizer):
             if is_flag and (kind is TypeError or error.name not in NATIVE_WORDS):
                 raise
             usual = NATIVE_WORDS.get(error.name, f"Invalid {error.name} value")
-            words = self.words.get(error.name, usual)
-            words = f"{words}: {error.value}"
+            words = f"{self.words.get(error.name, usual)}: {error.value}"
             raise kind(f"{words} ({error.name} must be {error.allowed})") from error
 
     def _traced(self, group: Mapping[str, Any]) -> tuple[Rule, Program]:
@@ -279,6 +291,7 @@ class Optimizer(torch.optim.Optimizer):
         if plan is None or not plan.fits(self):
             plan = self._plan = None  # what it keeps alive may go before more is made
             plan = make_plan(self, ask(self, around), compiling=compiling)
+        plan.check_grads()
         values = plan.asked.values
         skip: Any = getattr(self, "found_inf", None)  # GradScaler's
         if around.needs_norm:
@@ -289,16 +302,21 @@ class Optimizer(torch.optim.Optimizer):
                 skip = is_bad if skip is None else skip + is_bad
         if not plan.on_device:
             if skip is not None and plain.host(skip):
-                plan.skip(self)
+                plan.undo(self)
+                plan.zero_grads()
                 self._plan = None if plan.made else plan
                 return []
             skip = None
-        for batch in plan.batches:
-            batch.prepare(values)
+        try:
+            for batch in plan.batches:
+                batch.prepare(values)
+        except Exception:
+            plan.undo(self)
+            raise
         for batch in plan.batches:
             batch.run(skip)
         if skip is not None:
-            plan.zero_grads(around)
+            plan.zero_grads()
         self._plan = None if compiling else plan.done()
         work = []
         for (g, program), members in plan.rest_alike():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ class Member(NamedTuple):
         first: Whether this is its first step.
         way: How it is updated: by "kernel", "foreach" (along with others, by lists of tensors),
             "rows" (those alone that its sparse gradient has) or "plain".
+        takes_turns: Whether it must be updated by itself, as it shares memory with another.
     """
 
     place: int
@@ -46,6 +48,7 @@ class Member(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]]
     first: bool
     way: str
+    takes_turns: bool
 
 
 class Scalars:
@@ -88,15 +91,16 @@ def update(scalars: Scalars, members: Iterable[Member]) -> None:
             numbers = {name: host(value) for name, value in numbers.items()}
         own = scalars.at(t, numbers, _COMPUTE_DTYPES[member.param.dtype])
         key = (id(own), member.param.dtype, member.param.device)
-        key += () if member.way == "foreach" else (member.place,)
+        together = member.way == "foreach" and not member.takes_turns
+        key += () if together else (member.place,)
         alike.setdefault(key, (own, []))[1].append(member)
         for name, value in scalars.program.kept(own).items():  # at once: it may stand here twice
             member.state[name].copy_(torch.as_tensor(value))
-    for own, together in alike.values():
-        if together[0].way == "rows":
-            _update_rows(scalars.program, own, together[0])
+    for own, some in alike.values():
+        if some[0].way == "rows":
+            _update_rows(scalars.program, own, some[0])
         else:
-            _update(scalars.program, own, together)
+            _update(scalars.program, own, some)
 
 
 def _update(program: Program, scalars: Mapping[str, Any], members: Sequence[Member]) -> None:
@@ -107,15 +111,23 @@ def _update(program: Program, scalars: Mapping[str, Any], members: Sequence[Memb
     read = {
         name: [_real(x).to(dtype, copy=copy) for x in tensors] for name, tensors in stored.items()
     }
-    if len(members) == 1:
-        one = program.run(xp, scalars, {name: tensors[0] for name, tensors in read.items()})
-        new = {name: [value] for name, value in one.items()}
-    else:
-        lists = {name: TensorList(tensors) for name, tensors in read.items()}
-        new = {k: v.tensors for k, v in program.run(_Functions(), scalars, lists).items()}
+    with _in_full_precision(members[0].param.device.type):
+        if len(members) == 1:
+            one = program.run(xp, scalars, {name: tensors[0] for name, tensors in read.items()})
+            new = {name: [value] for name, value in one.items()}
+        else:
+            lists = {name: TensorList(tensors) for name, tensors in read.items()}
+            new = {k: v.tensors for k, v in program.run(_Functions(), scalars, lists).items()}
     for name, values in new.items():
         for tensor, value in zip(stored[name], values, strict=True):
             tensor.copy_(torch.view_as_complex(value) if tensor.is_complex() else value)
+
+
+def _in_full_precision(device_type: str) -> Any:
+    """Keep ``torch.autocast`` from multiplying matrices in a half type."""
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _update_rows(program: Program, scalars: Mapping[str, Any], member: Member) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +9,7 @@ from functools import cache
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,11 +66,17 @@ def settings_of(groups: Sequence[Mapping[str, Any]], around: Around) -> list[Any
 
 
 def ask(optimizer: Optimizer, around: Around) -> Asked:
-    """What the groups ask for now, with ``around`` around them."""
+    """What the groups ask for now, with ``around`` around them.
+
+    Raises:
+        TypeError: a hyperparameter is no number.
+    """
     groups = optimizer.param_groups
     settings = settings_of(groups, around)
     settled = all(isinstance(value, _SETTLED) for value in settings)
     rules = [cls.unchecked(**values) for cls, values in map(optimizer.rule_of, groups)]
+    for rule in rules:
+        _check_numbers(rule)
     return Asked(
         settings=settings if settled else [],
         around=around,
@@ -79,6 +85,16 @@ def ask(optimizer: Optimizer, around: Around) -> Asked:
         values=[vars(around) | vars(rule) for rule in rules],
         flags=_flags(groups),
     )
+
+
+def _check_numbers(rule: Rule) -> None:
+    for name in rule.hyperparameters():
+        value = getattr(rule, name)
+        is_one = hasattr(type(value), "__float__")
+        if torch.is_tensor(value):
+            is_one = value.numel() == 1 and not value.is_complex()
+        if not is_one:
+            raise TypeError(f"{name} must be a number, or a real tensor of one, got {value!r}")
 
 
 class Plan(NamedTuple):
@@ -147,27 +163,36 @@ class Plan(NamedTuple):
             return self
         return self._replace(rest=[member._replace(first=False) for member in self.rest], made=[])
 
-    def skip(self, optimizer: Optimizer) -> None:
-        """Leave no trace of a step that is not to be, but for gradients that it was to zero."""
+    def undo(self, optimizer: Optimizer) -> None:
+        """Leave no trace of a step that is not to be."""
         for param, name in self.made:
             del optimizer.state[param][name]
             if not optimizer.state[param]:
                 del optimizer.state[param]
-        self.zero_grads(optimizer.around)
 
-    def zero_grads(self, around: Around) -> None:
+    @torch.no_grad()
+    def zero_grads(self) -> None:
         """Do after a step that is skipped what it would have done to the gradients."""
-        grads = [param.grad for param in self.params if param.grad is not None]
-        if around.zero_grad:
-            torch._foreach_zero_(grads)
+        if self.asked.around.zero_grad:
+            torch._foreach_zero_([param.grad for param in self.params if param.grad is not None])
+
+    def check_grads(self) -> None:
+        """Raise a RuntimeError if zeros for one gradient would also be another's, still unread."""
+        if not self.asked.around.zero_grad:
+            return
+        rest = filter(_has_address, (gradient(member.param) for member in self.rest))
+        places = [batch.places() for batch in self.batches]
+        places.append(np.array([*map(Tensor.data_ptr, rest)], np.uint64))
+        found = np.sort(np.concatenate(places))
+        if ((found[1:] == found[:-1]) & (found[1:] != 0)).any():
+            raise RuntimeError("with zero_grad no gradient may be that of two parameters")
 
     @property
     def on_device(self) -> bool:
         """Whether the host knows nothing of the steps, so that nothing may ask it to wait."""
-        if self.rest or not self.batches or not self.batches[0].on_device:
-            return False
-        return all(batch.on_device for batch in self.batches)
+        return bool(self.batches) and not self.rest and all(x.on_device for x in self.batches)
 
+    @torch.no_grad()
     def grad_norm(self) -> Any:
         """The 2-norm of all gradients together: a number, or a tensor of one on the device."""
         total: Any = sum(batch.sum_squares() for batch in self.batches)
@@ -203,7 +228,10 @@ def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
                 program = _into_grad(program)
             traced[place] = program, shapes
             ways[place] = _way(optimizer, groups[g], program, shapes, param, compiling=compiling)
-    alone = _overlapping([params[place][1] for place, way in ways.items() if way == "kernel"])
+    together = [params[place] for place, way in ways.items() if way in ("kernel", "foreach")]
+    alone = _overlapping([param for _, param in together])
+    if any(groups[g].get("fused") and id(param) in alone for g, param in together):
+        raise RuntimeError("`fused=True` is not possible: two parameters share memory")
     alike: dict[Any, list[Member]] = {}
     rest: list[Member] = []
     made: list[tuple[Tensor, str]] = []
@@ -221,8 +249,9 @@ def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
                 own[name] = begin_count(name, rules[g], groups[g], param)
         made += [(param, name) for name in lacking]
         add_slots(own, rules[g], slots, param)
-        member = Member(place, g, param, own, program, shapes, first, way)
-        if way != "kernel" or id(param) in alone:
+        takes_turns = id(param) in alone
+        member = Member(place, g, param, own, program, shapes, first, way, takes_turns)
+        if way != "kernel" or takes_turns:
             rest.append(member)
             continue
         stored = [param, gradient(param), *(own[slot] for slot in slots)]
@@ -259,14 +288,28 @@ def _into_grad(program: Program) -> Program:
     return replace(program, outputs=outputs)
 
 
-def _overlapping(params: Sequence[Tensor]) -> set[int]:
-    """Those that share memory with another, or stand there twice: they take turns."""
+def _overlapping(params: Iterable[Tensor]) -> set[int]:
+    """Those that share memory with another, or stand there twice."""
     found: set[int] = set()
-    by_address = sorted(params, key=Tensor.data_ptr)
-    for before, after in itertools.pairwise(by_address):
-        if before.data_ptr() + before.nbytes > after.data_ptr():
-            found |= {id(before), id(after)}
+    end, holder = 0, 0
+    for param in sorted(filter(_has_address, params), key=Tensor.data_ptr):
+        begin = param.data_ptr()
+        if begin < end:
+            found |= {holder, id(param)}
+        if begin + _extent(param) > end:
+            end, holder = begin + _extent(param), id(param)
     return found
+
+
+def _has_address(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type in ("cpu", "cuda")
+
+
+def _extent(tensor: Tensor) -> int:
+    """How many bytes there are from the first element's begin to the last one's end."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in pairs)
+    return tensor.itemsize * (last + 1) if tensor.numel() else 0
 
 
 def begin_count(name: str, rule: Rule, group: Mapping[str, Any], param: Tensor) -> Tensor:
@@ -385,9 +428,6 @@ def _refusal(tensors: Sequence[Tensor], counts: Sequence[Tensor]) -> str | None:
     """
     param = tensors[0]
     places = (param.device, torch.device("cpu"))
-    for count in counts:
-        if not (count.is_floating_point() and count.device in places):
-            return f"a number of steps is a {count.dtype} on device {count.device}"
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
             return f"a tensor is a {type(tensor).__name__} of layout {tensor.layout}"
@@ -401,6 +441,12 @@ def _refusal(tensors: Sequence[Tensor], counts: Sequence[Tensor]) -> str | None:
             return "a parameter has gaps in its memory"
         if tensor.shape != param.shape or _strides(tensor) != _strides(param):
             return "a gradient or slot lies otherwise in memory than its parameter"
+    for count in counts:
+        if not (count.is_floating_point() and count.device in places):
+            return f"a number of steps is a {count.dtype} on device {count.device}"
+        is_single = count.untyped_storage().nbytes() == count.itemsize
+        if is_single and not count.is_cuda and count.is_shared():
+            return "a number of steps is in memory that processes share"
     if param.is_cuda:
         return cuda.refusal(storage(tensors))
     return cpu.refusal(storage(tensors))

@@ -351,6 +351,50 @@ def test_values_out_of_range(bad, words):
         Around(**bad)
 
 
+@pytest.mark.parametrize("name", ["Adam", "Adagrad"])
+def test_the_average_begins_at_the_first_step(name):
+    (param,) = make_params([(3,)])
+    optimizer = ours(name)([param], lr=1e-3, around=Around(ema_decay=0.999))
+    with torch.no_grad():
+        param.fill_(100.0)  # as a model that is loaded after its optimizer was made
+    train(optimizer, [[torch.ones(3)]])
+    assert (optimizer.state[param]["param_ema"] > 99).all()
+
+
+@every_way
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_gradient_of_two_parameters_is_not_zeroed_too_early(done, way):
+    params, shapes = make_params([(4,), (4,), (0,)]), [(4,), (4,), (0,)]
+    optimizer = ours("SGD")(params, around=Around(zero_grad=True), **way)
+    train(optimizer, make_grads(shapes, done))
+    params[0].grad = params[1].grad = torch.ones(4)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(RuntimeError, match=r"^with zero_grad no gradient may be that of two"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before)) and (params[0].grad == 1).all()
+
+
+@every_way
+def test_a_skipped_step_is_on_no_graph(way):
+    (param,) = make_params([(3,)])
+    around = Around(zero_grad=True, skip_nonfinite=True)
+    optimizer = ours("SGD")([param], around=around, **way)
+    for grad in (torch.full((3,), NAN, requires_grad=True), NAN * param.square()):
+        param.grad = grad
+        optimizer.step()
+        assert not grad.any() and (grad.grad_fn is None or "Zero" not in grad.grad_fn.name())
+
+
+def test_around_may_be_changed_and_is_checked_again():
+    optimizer = ours("SGD")(make_params(), around=Around(clip_norm=1.0))
+    assert copy.deepcopy(optimizer).around == Around(clip_norm=1.0)
+    with pytest.raises(TypeError, match=r"^around must be a portopt\.Around or None, got 1"):
+        optimizer.around = 1
+    assert optimizer.around == Around(clip_norm=1.0)
+    optimizer.around = None
+    assert optimizer.around == Around()
+
+
 @every_way
 def test_the_readmes_line(way):
     model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))

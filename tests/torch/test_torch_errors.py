@@ -18,7 +18,7 @@ from twins import (
     train,
 )
 
-from portopt import rules
+from portopt import Around, rules
 from portopt_torch import from_rule
 
 GRADS = make_grads(steps=4)
@@ -323,3 +323,28 @@ def test_a_state_that_does_not_fit_changes_nothing(name, spoil, error, words):
     assert snapshot(optimizer) == before
     untouched = make(ours(name))
     assert_twins_agree(train(optimizer, GRADS[2:]), train(untouched, GRADS[2:]), "same")
+
+
+@pytest.mark.parametrize("way", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("bad", [None, "0.1", 1j, [0.1], torch.tensor(1j), torch.ones(2)], ids=repr)
+def test_a_hyperparameter_that_became_no_number_changes_nothing(bad, way):
+    optimizer = train(ours("Adam")(make_params(), **way), GRADS[:1])
+    before, good = snapshot(optimizer), optimizer.param_groups[0]["lr"]
+    optimizer.param_groups[0]["lr"] = bad
+    with pytest.raises(TypeError, match=r"^lr must be a number, or a real tensor of one, got "):
+        train(optimizer, GRADS[1:2])
+    optimizer.param_groups[0]["lr"] = good
+    assert snapshot(optimizer) == before
+
+
+def test_a_first_step_that_fails_is_still_to_come():
+    """Of a dampened momentum, where the first step is another than those that follow."""
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "around": Around(grad_scale=1.0)}
+    optimizer, good = ours("SGD")(make_params(), **options), Around(grad_scale=1.0)
+    optimizer.around = Around.unchecked(**{**vars(good), "grad_scale": 0.0 * torch.ones(())})
+    with pytest.raises(ArithmeticError, match="division by zero"):
+        train(optimizer, GRADS[:1])
+    assert not optimizer.state
+    optimizer.around = good
+    untouched = ours("SGD")(make_params(), **options)
+    assert_twins_agree(train(optimizer, GRADS), train(untouched, GRADS), "same")

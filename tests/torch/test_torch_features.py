@@ -275,12 +275,37 @@ def test_named_and_duplicate_parameters(name):
     assert mine.param_groups[0]["param_names"] == ["weight", "bias"]
 
     optimizers = []
-    for cls in (ours(name), native(name)):
+    for cls, foreach in ((ours(name), False), (ours(name), True), (native(name), False)):
         (param,) = make_params([(4,)])
         with pytest.warns(UserWarning, match="duplicate parameters"):
-            optimizers.append(cls([param, param], lr=0.05, foreach=False))
+            optimizers.append(cls([param, param], lr=0.05, foreach=foreach))
         train(optimizers[-1], make_grads([(4,), (4,)]))
-    assert_twins_agree(*optimizers)
+        optimizers[-1].param_groups[0]["foreach"] = None
+    for mine in optimizers[:2]:
+        assert_twins_agree(mine, optimizers[2])
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_parameters_that_share_memory_take_turns(foreach):
+    """Where one after the other is what the native does, too: without lists."""
+    results = []
+    for cls, way in ((ours("SGD"), foreach), (native("SGD"), False)):
+        base = torch.ones(100)
+        # The first overlaps the third, too, which does not begin next to it.
+        parts = [base, base[:10], base[50:60], base[55:70], base[80:80]]
+        optimizer = cls([*map(torch.nn.Parameter, parts)], lr=0.5, weight_decay=0.5, foreach=way)
+        train(optimizer, make_grads([part.shape for part in parts], steps=2))
+        results.append(base)
+    assert_params_agree(results[:1], results[1:], start=[torch.ones(100)])
+
+
+def test_fused_parameters_that_share_memory_are_refused():
+    base = torch.ones(10)
+    parts = [torch.nn.Parameter(part) for part in (base[:6], base[5:])]
+    optimizer = ours("Adam")(parts, fused=True)
+    with pytest.raises(RuntimeError, match="`fused=True` is not possible: two parameters share"):
+        train(optimizer, [[torch.ones(6), torch.ones(5)]])
+    assert (base == 1).all() and not optimizer.state
 
 
 def tensor_options(name):

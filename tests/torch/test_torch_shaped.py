@@ -143,6 +143,16 @@ def test_what_the_native_refuses_is_refused(name):
             optimizer.step()
 
 
+def test_autocast_does_not_multiply_matrices_in_a_half_type():
+    results = []
+    for enabled in (False, True):
+        optimizer = ours("Muon")(make_params([(32, 32)] * 2))
+        with torch.autocast("cpu", enabled=enabled):
+            train(optimizer, make_grads([(32, 32)] * 2, steps=2))
+        results.append(optimizer)
+    assert_twins_agree(*results, "same")
+
+
 @pytest.mark.parametrize(
     ("name", "bad"),
     [
