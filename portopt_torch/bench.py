@@ -108,13 +108,11 @@ def tails(params: list[Tensor], scaled: list[Tensor], *, zeroed: bool) -> list[C
 
         return make
 
-    found = [
+    return [
+        Contender("step", OURS, ours, backward),
         Contender("step", "fused", native(fused=True), backward),
         Contender("step", "foreach", native(foreach=True), backward),
     ]
-    if hasattr(portopt, "Around"):
-        found.insert(0, Contender("step", OURS, ours, backward))
-    return found
 
 
 if __name__ == "__main__":
