@@ -307,9 +307,10 @@ def _has_address(tensor: Tensor) -> bool:
 
 def _extent(tensor: Tensor) -> int:
     """How many bytes there are from the first element's begin to the last one's end."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((size - 1) * stride for size, stride in pairs)
-    return tensor.itemsize * (last + 1) if tensor.numel() else 0
+    return tensor.itemsize * (1 + sum((size - 1) * stride for size, stride in pairs))
 
 
 def begin_count(name: str, rule: Rule, group: Mapping[str, Any], param: Tensor) -> Tensor:
@@ -336,7 +337,7 @@ def add_slots(state: dict[str, Any], rule: Rule, slots: tuple[str, ...], param: 
                 state[slot] = param.detach().new_full(shape, host(initial(rule, slot)))
         elif old is None:
             state[slot] = _initial(initial(rule, slot), param)
-        elif _strides(old) != _strides(param):  # as a native's may be, which copies the gradient
+        elif not _lie_alike(old, param):  # as a native's may be, which copies the gradient
             state[slot] = torch.empty_like(param, dtype=old.dtype).copy_(old)
 
 
@@ -382,7 +383,7 @@ def _way(
     other = "foreach" if param.is_cuda else "plain"
     if fused is False:
         return other
-    in_order = [value for value in kept.values() if _strides(value) == _strides(param)]
+    in_order = [value for value in kept.values() if _lie_alike(value, param)]
     counts = [state[name] for name in ("step", *program.numbers) if state.get(name) is not None]
     why = _refusal([param, grad, *in_order], counts)  # the others will be
     if not program.elementwise:
@@ -413,6 +414,11 @@ def _check_sparse(optimizer: Optimizer, group: Mapping[str, Any], grad: Tensor) 
         raise RuntimeError("around is not compatible with sparse gradients")
 
 
+def _lie_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors of one shape have their elements in the same order in memory."""
+    return one.stride() == other.stride() or _strides(one) == _strides(other)
+
+
 def _strides(tensor: Tensor) -> list[int]:
     """The strides that matter."""
     pairs = zip(tensor.stride(), tensor.shape, strict=True)
@@ -437,9 +443,9 @@ def _refusal(tensors: Sequence[Tensor], counts: Sequence[Tensor]) -> str | None:
             return f"a tensor has dtype {tensor.dtype}"
         if tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor():
             return "a tensor is a lazy conjugate or negative, or zeros without memory"
-        if not cpu.is_dense(param.shape, param.stride()):
+        if tensor is param and not cpu.is_dense(param.shape, param.stride()):
             return "a parameter has gaps in its memory"
-        if tensor.shape != param.shape or _strides(tensor) != _strides(param):
+        if tensor.shape != param.shape or not _lie_alike(tensor, param):
             return "a gradient or slot lies otherwise in memory than its parameter"
     for count in counts:
         if not (count.is_floating_point() and count.device in places):
