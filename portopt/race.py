@@ -103,7 +103,8 @@ def function(
         >>> bowl.gradient(np.array([3.0, 2.0]))
         array([4., 4.])
     """
-    for name, pair in {"start": start, "x": x, "y": y, **_numbered("minima", minima)}.items():
+    numbered = {f"minima[{place}]": minimum for place, minimum in enumerate(minima)}
+    for name, pair in {"start": start, "x": x, "y": y, **numbered}.items():
         finite = np.shape(pair) == (2,) and np.all(np.isfinite(np.asarray(pair, float)))
         if not finite or (name in "xy" and pair[0] >= pair[1]):
             what = "(lower, upper)" if name in "xy" else "two finite numbers"
@@ -113,10 +114,6 @@ def function(
         return Function(formula.__name__, formula, start, minima, x, y)
 
     return make
-
-
-def _numbered(name: str, values: tuple[Point, ...]) -> dict[str, Point]:
-    return {f"{name}[{place}]": value for place, value in enumerate(values)}
 
 
 @function(start=(-1, 2), x=(-2, 2), y=(-1, 3), minima=((1, 1),))

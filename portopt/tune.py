@@ -96,12 +96,8 @@ def spans(rule: type[Rule], held: Mapping[str, Any]) -> dict[str, Span]:
     searched = {name: one for name, one in found.items() if one is not None}
     if not searched:
         raise ValueError(f"{rule.__name__} has no float option to search that is not held or off")
-    _made(rule, held, {name: one.value(one.least) for name, one in searched.items()})
+    rule(**{**held, **{name: one.value(one.least) for name, one in searched.items()}})
     return searched
-
-
-def _made(rule: type[Rule], held: Mapping[str, Any], values: Mapping[str, Any]) -> Rule:
-    return rule(**{**held, **values})
 
 
 @dataclass(frozen=True)
@@ -233,7 +229,7 @@ def tune(
         for name, one in searched.items():
             trial.suggest_float(name, one.least, one.most, log=True)
         values = _values(searched, trial)
-        score = objective.score(_made(rule, held, values))
+        score = objective.score(rule(**{**held, **values}))
         kept.add_trial(study.tell(trial, score))
         yield Trial(values, score)
 

@@ -8,10 +8,7 @@ import textwrap
 from dataclasses import asdict
 from typing import Any
 
-from portopt.cli.console import (
-    output,
-    write,
-)
+from portopt.cli.console import output, write
 from portopt.rules import registry
 
 
