@@ -241,6 +241,7 @@ def race(
     Raises:
         TypeError: a rule is no `portopt.Rule`.
         ValueError: ``steps`` is less than 1.
+        ArithmeticError: a scalar of a rule overflows: names the rule and the instruction.
 
     Example:
         >>> from portopt import rules

@@ -125,9 +125,15 @@ def rosenbrock() -> Objective:
     A rule that does not arrive in `STEPS`, or is not finite in the end, has the score `STEPS` and
     how close it has come.
     """
+    function = race.rosenbrock
 
     def run(rule: Rule) -> race.Trajectory:
-        return race.race({"": rule}, race.rosenbrock, STEPS)[""]
+        try:
+            return race.race({"": rule}, function, STEPS)[""]
+        except ArithmeticError:  # a scalar of the rule overflows, where an array would be infinite
+            points = np.full((STEPS + 1, 2), math.nan)
+            points[0] = function.start
+            return race.Trajectory(points, function(*points.T), function.distance(points))
 
     def score(rule: Rule) -> float:
         way = run(rule)
@@ -161,8 +167,11 @@ def digits() -> Objective:
     task = replace(full, x_train=x[:-256], y_train=y[:-256], x_test=x[-256:], y_test=y[-256:])
 
     def accuracy(rule: Rule, task: demo.Task) -> float:
-        with np.errstate(all="ignore"):  # a rule that diverges
-            return demo.train_numpy(Case(rule), task, lambda *_: None)[0].accuracy
+        try:
+            with np.errstate(all="ignore"):  # a rule that diverges
+                return demo.train_numpy(Case(rule), task, lambda *_: None)[0].accuracy
+        except ArithmeticError:  # and one of which a scalar overflows
+            return 0.0
 
     def remark(rule: Rule) -> str:
         test = replace(task, x_test=full.x_test, y_test=full.y_test)

@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         for rule, way in _ways(rules, arguments):
             ways[rule] = way
             status(f"{arguments.backend}: {rule}, {len(ways)} of {len(rules)}")
-    except (worker.WorkerError, ValueError) as error:  # the latter: a rule of matrices alone
+    except (worker.WorkerError, ValueError, ArithmeticError) as error:  # a rule that does not fit
         print(f"\nportopt: {error}", file=sys.stderr)
         return 2
     title = f"{function.name}, {arguments.steps} steps on {arguments.backend}"

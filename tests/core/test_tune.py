@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from portopt import cli, race, tune
-from portopt.rules import Adam, Interval, Momentum, registry
+from portopt.rules import Adam, Interval, Momentum, ScheduleFreeSGD, registry
 
 BOWL = tune.Objective("distance", False, lambda rule: abs(rule.lr - 0.02), str, str)
 
@@ -127,6 +127,23 @@ def test_the_digits_objective_learns_and_judges_on_images_of_its_own(optuna):
     good, bad = objective.score(Adam(lr=3e-3)), objective.score(Adam(lr=0.0))
     assert good > 0.85 > 0.3 > bad
     assert re.fullmatch(r".*no trial has seen: 0\.\d{4}\.", objective.remark(Adam(lr=3e-3)))
+
+
+def test_a_trial_that_overflows_has_diverged(optuna, capsys):
+    rule = ScheduleFreeSGD(lr=600.0, weight_lr_power=1500.0)
+    with pytest.raises(ArithmeticError, match="pow"):
+        race.race({"": rule}, race.rosenbrock, 1)
+    objective = tune.rosenbrock()
+    assert objective.score(rule) == tune.STEPS + 5**0.5  # it has stayed at the start
+    assert cli.main(["tune", "schedulefreesgd:lr=600,weight_lr_power=1500", "--trials", "1"]) == 0
+    assert "It is not finite from step 1 on." in capsys.readouterr().out
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    assert tune.digits().score(rule) == 0
+
+
+def test_a_race_that_overflows_is_reported(capsys):
+    assert cli.main(["race", "schedulefreesgd:r=2000", "--steps", "3"]) == 2
+    assert "ScheduleFreeSGD, step 2: s4 = pow(2, 2000.0)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
