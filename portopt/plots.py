@@ -147,6 +147,7 @@ def animate(
     movie.save(path, writer=animation.PillowWriter(fps=15), dpi=70)
 
 
+@np.errstate(all="ignore")  # a user's function may be infinite, or NaN
 def _trajectories(
     function: Function, ways: Mapping[str, Trajectory], title: str
 ) -> tuple[Figure, Callable[[int], None]]:
@@ -155,20 +156,23 @@ def _trajectories(
     left, right = figure.subplots(1, 2)
     x, y = (np.linspace(*ends, 201) for ends in (function.x, function.y))
     surface = function(*np.meshgrid(x, y))
-    floor = function(*function.minima[0]) if function.minima else np.min(surface)
+    lowest = np.min(surface, where=np.isfinite(surface), initial=np.inf)
+    floor = function(*function.minima[0]) if function.minima else lowest
     above = surface - floor
-    levels = np.geomspace(1e-4, 1, 17) * np.max(above)
-    left.contourf(
-        x, y, np.log10(np.maximum(above, levels[0])), np.log10(levels), cmap="Blues_r", alpha=0.7
-    )
-    left.contour(x, y, above, levels, colors="white", linewidths=0.5)
+    highest = np.max(above, where=np.isfinite(above), initial=0)
+    if highest > 0:  # or it is flat, and has no contours
+        levels = np.geomspace(1e-4, 1, 17) * highest
+        logarithms = np.log10(np.maximum(above, levels[0]))
+        left.contourf(x, y, logarithms, np.log10(levels), cmap="Blues_r", alpha=0.7)
+        left.contour(x, y, above, levels, colors="white", linewidths=0.5)
     reach = np.array([function.x, function.y]).T
     low, high = reach[0] - np.ptp(reach, axis=0), reach[1] + np.ptp(reach, axis=0)
     first = function(*function.start) - floor
+    ceiling = 100 * first if first > 0 else np.inf
     lines = []
     for place, (name, way) in enumerate(ways.items()):
         points = np.clip(way.points[: way.diverged], low, high)
-        losses = np.clip(way.losses[: way.diverged] - floor, 1e-16, 100 * first)
+        losses = np.clip(way.losses[: way.diverged] - floor, 1e-16, ceiling)
         label = name if way.diverged is None else f"{name} (diverges)"
         color = {"color": f"C{place + 1}", "label": label}
         steps = np.arange(len(losses))

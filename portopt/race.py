@@ -7,10 +7,10 @@ same for every backend. Only the steps are a backend's own.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -58,15 +58,27 @@ class Function:
     def __call__(self, x: npt.ArrayLike, y: npt.ArrayLike) -> NDArray:
         """Its values, float64, of the shape of ``x`` and ``y``."""
         with np.errstate(all="ignore"):  # far out they are infinite
-            value = self.formula(*(tape.Variable(np.asarray(v, np.float64)) for v in (x, y)))
-        values: NDArray = value.value
+            variables = [tape.Variable(np.asarray(v, np.float64)) for v in (x, y)]
+            values: NDArray = self._evaluated(variables).value
         return values
 
     def gradient(self, point: NDArray) -> NDArray:
         """Its gradient at a point, float64, of shape (2,)."""
         variables = [tape.Variable(coordinate) for coordinate in point]
         with np.errstate(all="ignore"), tape.Autograd() as autograd:
-            return np.array(autograd.gradients(self.formula(*variables), variables))
+            return np.array(autograd.gradients(self._evaluated(variables), variables))
+
+    def _evaluated(self, variables: list[tape.Variable]) -> tape.Variable:
+        try:
+            value = self.formula(*variables)
+        except Exception as error:  # it may be a user's
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.name} cannot be evaluated: {why}") from error
+        shape = variables[0].shape
+        if not isinstance(value, tape.Variable) or value.shape != shape:
+            what = f"a portopt.tape.Variable of the shape of x and y, {shape}"
+            raise ValueError(f"{self.name} must return {what}, got {value!r}")
+        return value
 
     def distance(self, points: NDArray) -> NDArray:
         """How far points, of shape (..., 2), are from the nearest minimum; NaN if none is known."""
@@ -182,13 +194,13 @@ def find(text: str) -> Function:
     if not colon:
         known = ", ".join(FUNCTIONS)
         raise ValueError(f"function must be one of {known}, or FILE.py:NAME, got {text!r}")
-    spec = spec_from_file_location(Path(path).stem, path)
+    spec = spec_from_file_location(path, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"function must be in a Python file, FILE.py:NAME, got {text!r}")
-    module = module_from_spec(spec)
+    module = sys.modules[path] = module_from_spec(spec)  # where a dataclass looks for its module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not isinstance(found, Function):
@@ -240,7 +252,7 @@ def race(
 
     Raises:
         TypeError: a rule is no `portopt.Rule`.
-        ValueError: ``steps`` is less than 1.
+        ValueError: ``steps`` is less than 1; the function cannot be evaluated.
         ArithmeticError: a scalar of a rule overflows: names the rule and the instruction.
 
     Example:

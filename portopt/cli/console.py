@@ -104,7 +104,7 @@ def draw(path: Path, what: str, write: Callable[[Path], Any]) -> None:
     try:
         write(path)
         print(f"\n{what} in {path}")
-    except (ModuleNotFoundError, OSError) as error:
+    except (ModuleNotFoundError, OSError, ValueError) as error:
         print(f"\nNo picture: {error}")
 
 

@@ -14,7 +14,7 @@ import plugin
 import pytest
 from support import assert_agree
 
-from portopt import cli, race
+from portopt import cli, race, tape
 from portopt.rules import SGD, Adam, registry
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,14 @@ FORMULAS = {  # as published, and as the tape need not have them
     ),
 }
 FUNCTION = """
+from __future__ import annotations
+
+from dataclasses import dataclass
 from portopt import race
+
+@dataclass
+class Settings:  # a dataclass looks for its module
+    steepness: float = 2.0
 
 @race.function(start=(3.0, 2.0), x=(-4, 4), y=(-4, 4), minima=((1.0, 0.0),))
 def bowl(x, y):
@@ -200,11 +207,69 @@ def test_a_function_of_ones_own(user_file, tmp_path, capsys):
         ("{file}:other", "other in .* must be made with @portopt.race.function, is nothing"),
         ("{file}x:f", "function must be in a Python file, FILE.py:NAME, got "),
         ("no{file}:f", "cannot be run: FileNotFoundError"),
+        ("{leaving}:f", "leaving.py cannot be run: SystemExit: 0"),
     ],
 )
-def test_a_function_that_is_none(user_file, name, words):
+def test_a_function_that_is_none(user_file, tmp_path, name, words):
+    leaving = tmp_path / "leaving.py"
+    leaving.write_text("raise SystemExit(0)")
     with pytest.raises(ValueError, match=words):
-        race.find(name.format(file=user_file))
+        race.find(name.format(file=user_file, leaving=leaving))
+
+
+AROUND_THE_START = {"start": (1.0, 1.0), "x": (-4, 4), "y": (-4, 4)}
+
+
+@pytest.mark.parametrize(
+    ("formula", "words"),
+    [
+        (lambda x, y: 3.0, "of the shape of x and y, .2,., got 3.0"),
+        (lambda x, y: tape.sum(x + y), "of the shape of x and y, .2,., got Variable"),
+        (lambda x, y: {}[0], "<lambda> cannot be evaluated: KeyError: 0"),
+        (lambda x, y: 2 * x if x.value > 0 else y, "cannot be evaluated: ValueError: The truth"),
+    ],
+)
+def test_a_function_that_cannot_be_evaluated(formula, words, monkeypatch, capsys):
+    function = race.function(**AROUND_THE_START)(formula)
+    with pytest.raises(ValueError, match=words):
+        function([1.0, 2.0], [1.0, 2.0])
+    monkeypatch.setitem(race.FUNCTIONS, "odd", function)
+    assert cli.main(["race", "sgd", "--steps", "1", "--function", "odd"]) == 2
+    assert "portopt: <lambda> " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("formula", "minima"),
+    [
+        (lambda x, y: tape.log(x) + y**2, ()),
+        (lambda x, y: tape.log(x) + y**2, ((0.0, 0.0),)),  # -inf
+        (lambda x, y: tape.exp(100 * x**2), ()),
+        (lambda x, y: tape.log(0 * x - 1), ()),
+        (lambda x, y: 0 * x + 3, ()),
+        (lambda x, y: -(x**2), ((1.0, 1.0),)),  # no minimum at all
+    ],
+    ids=["nan", "no floor", "overflow", "never finite", "constant", "upside down"],
+)
+def test_the_picture_of_a_function_that_is_not_finite_or_flat(formula, minima):
+    pytest.importorskip("matplotlib", reason="the pictures are matplotlib's")
+    from portopt import plots
+
+    function = race.function(**AROUND_THE_START, minima=minima)(formula)
+    ways = race.race({"a": SGD(lr=1e-3)}, function, steps=3)
+    plots.trajectories(function, ways).draw_without_rendering()
+
+
+def test_without_a_picture_it_is_said_why(monkeypatch, tmp_path, capsys):
+    def formula(x, y):
+        if x.value.ndim == 2:
+            raise RuntimeError("no grids")
+        return x**2 + y**2
+
+    monkeypatch.setitem(race.FUNCTIONS, "odd", race.function(**AROUND_THE_START)(formula))
+    words = ["race", "sgd", "--function", "odd", "--plot", str(tmp_path / "race.png")]
+    assert cli.main(words) == 0
+    said = "No picture: formula cannot be evaluated: RuntimeError: no grids"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
