@@ -72,15 +72,18 @@ def step_times(groups: Sequence[Group]) -> Figure:
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; says which extra to install.
+        ValueError: there are no groups.
     """
     figure = _figure(14, 1.0)
+    if not groups:
+        raise ValueError("nothing was measured")
     from matplotlib.patches import Patch
 
     panels: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
         panels.setdefault((group.ours.framework, group.ours.mix), []).append(group)
     bars = [timing for group in groups for timing in (group.ours, *group.natives)]
-    top = max((bar.seconds / bar.limit for bar in bars), default=1.0)
+    top = max(bar.seconds / bar.limit for bar in bars)
     colors = {
         path: f"C{place}" for place, path in enumerate(dict.fromkeys(bar.path for bar in bars))
     }

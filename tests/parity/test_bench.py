@@ -231,6 +231,14 @@ def test_a_framework_that_fails_does_not_lose_the_others(monkeypatch, capsys, tm
     assert "portopt: torch ended with status 1" in output.err
 
 
+def test_where_nothing_was_measured_there_is_no_picture(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(worker, "missing", lambda needed: needed)
+    file = tmp_path / "bench.png"
+    assert cli.main(["bench", "--plot", str(file)]) == 0
+    assert "No picture: nothing was measured" in capsys.readouterr().out
+    assert not file.exists()
+
+
 @pytest.mark.parametrize("option", [["--rules", "lbfgs"], ["--mixes", "gpt3"]])
 def test_bad_choices(option, capsys):
     with pytest.raises(SystemExit) as stop:
