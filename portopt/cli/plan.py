@@ -14,6 +14,8 @@ from portopt.rules import registry
 from portopt.sharding import memory
 
 DIVIDED = ("nothing", "optimizer", "+ gradients", "+ parameters")
+MOST_WORKERS = 10**6
+"""The plan of a model's tensors for so many takes half a minute."""
 
 
 def add(commands: Any) -> None:
@@ -26,7 +28,7 @@ def add(commands: Any) -> None:
         metavar="MODEL",
         help="a .npz or .safetensors file, or module:callable, which returns a model or its arrays",
     )
-    command.add_argument("--workers", type=positive, required=True, metavar="N")
+    command.add_argument("--workers", type=_workers, required=True, metavar="N")
     command.add_argument(
         "--rule",
         type=checked(registry.parse),
@@ -109,12 +111,20 @@ def _model(arguments: argparse.Namespace) -> memory.ModelState:
     return memory.ModelState.of_shapes(shapes, rule, arguments.precision)
 
 
+def _workers(text: str) -> int:
+    """A number of workers, as an argument's type."""
+    workers = positive(text)
+    if workers > MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_WORKERS}, got {text}")
+    return workers
+
+
 def _number(text: str) -> float:
     """A positive number, as an argument's type."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    if not 0 < value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a number in (0, 2**63), got {text}")
     return value

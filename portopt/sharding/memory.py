@@ -67,6 +67,10 @@ class ModelState:
     optimizer: float
     tensors: tuple[tuple[int, float, bool], ...] = ()
 
+    def __post_init__(self) -> None:
+        if not 0 < self.elements < 2**63:
+            raise ValueError(f"elements must be in (0, 2**63), got {self.elements}")
+
     @classmethod
     def of_count(cls, elements: float, rule: Rule, precision: str = "mixed") -> ModelState:
         """A model of which only the number of parameters is known.
@@ -77,11 +81,9 @@ class ModelState:
             precision: One of `PRECISIONS`.
 
         Raises:
-            ValueError: ``elements`` is not positive, the precision is unknown, or the rule's slots
-                depend on shapes.
+            ValueError: ``elements`` is not in (0, 2**63), the precision is unknown, or the rule's
+                slots depend on shapes.
         """
-        if not 0 < elements < math.inf:
-            raise ValueError(f"elements must be in (0, inf), got {elements}")
         if rule.by_shape:
             name = type(rule).__name__
             raise ValueError(f"the state of {name} depends on shapes: give a model, not a count")
@@ -106,8 +108,6 @@ class ModelState:
             for shape in shapes
         )
         elements = sum(size for size, *_ in tensors)
-        if not elements:
-            raise ValueError("the model must have at least one parameter, has none")
         return cls(elements, PRECISIONS[precision], sum(x for _, x, _ in tensors), tuple(tensors))
 
     def memory(self, stage: int, workers: int) -> Memory:
@@ -170,33 +170,28 @@ def read_shapes(source: str) -> list[tuple[int, ...]]:
     Args:
         source: A file, of which only the headers are read, that ends with ``.npz`` or
             ``.safetensors``; or ``module:callable``, which returns a model of PyTorch or Keras, or
-            arrays or shapes, in a dict or a sequence.
+            arrays or shapes, in a dict or a sequence. Frozen parameters of a model do not count.
 
     Raises:
         ValueError: it is none of these, or what is found there has no shapes.
         OSError: the file cannot be read.
-        ImportError: the module cannot be imported.
     """
-    path = Path(source)
-    try:
-        if path.suffix == ".npz":
-            return _npz(path)
-        if path.suffix == ".safetensors":
-            return _safetensors(path)
-    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
-        raise ValueError(f"{source} is no {path.suffix} file: {error}") from error
-    module, colon, name = source.partition(":")
-    if not (module and colon and name):
+    module, _, name = source.partition(":")
+    read = {".npz": _npz, ".safetensors": _safetensors}.get(Path(source).suffix, _made)
+    if read is _made and not (module and name):
         raise ValueError(f"model must be a .npz or .safetensors file or module:callable: {source}")
-    make = getattr(import_module(module), name, None)
-    if not callable(make):
-        raise ValueError(f"{source}: module {module} has no function {name}")
-    return [_shape(source, array) for array in _parameters(make())]
+    try:
+        return [_shape(array) for array in read(source)]
+    except OSError:
+        raise
+    except (Exception, SystemExit) as error:  # a module may do anything
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the shapes of {source} cannot be read: {why}") from error
 
 
-def _npz(path: Path) -> list[tuple[int, ...]]:
+def _npz(source: str) -> list[tuple[int, ...]]:
     shapes = []
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(source) as archive:
         for name in archive.namelist():
             with archive.open(name) as file:
                 version = np.lib.format.read_magic(file)
@@ -208,32 +203,37 @@ def _npz(path: Path) -> list[tuple[int, ...]]:
     return shapes
 
 
-def _safetensors(path: Path) -> list[tuple[int, ...]]:
+def _safetensors(source: str) -> list[Any]:
+    path = Path(source)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
-            raise ValueError(f"{path} is no .safetensors file: its header is longer than it")
+            raise ValueError("its header is longer than it")
         header = json.loads(file.read(length))
-    return [tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"]
+    return [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
 
 
-def _parameters(model: Any) -> Iterable[Any]:
+def _made(source: str) -> Iterable[Any]:
+    module, _, name = source.partition(":")
+    model = getattr(import_module(module), name)()
     if hasattr(model, "named_parameters"):  # torch.nn.Module
-        return [param for _, param in model.named_parameters()]
+        return [param for _, param in model.named_parameters() if param.requires_grad]
     if hasattr(model, "trainable_variables"):  # keras.Model, tf.Module
         return list(model.trainable_variables)
     if isinstance(model, Mapping):
         return model.values()
     if isinstance(model, Iterable):
         return model
-    raise ValueError(f"a model must be a module, a dict or a sequence, got {type(model).__name__}")
+    raise TypeError(f"a model must be a module, a dict or a sequence, got {type(model).__name__}")
 
 
-def _shape(source: str, array: Any) -> tuple[int, ...]:
-    try:
-        return tuple(map(int, getattr(array, "shape", array)))
-    except TypeError:
-        raise ValueError(f"{source}: {array!r} has no shape and is none") from None
+def _shape(array: Any) -> tuple[int, ...]:
+    shape = getattr(array, "shape", array)
+    if isinstance(shape, Iterable):
+        sizes = tuple(shape)
+        if all(isinstance(n, int | np.integer) and n >= 0 for n in sizes):
+            return tuple(map(int, sizes))
+    raise ValueError(f"{array!r} has no shape and is none")
 
 
 def _state_bytes(elements: float, slot_elements: float, precision: str) -> float:

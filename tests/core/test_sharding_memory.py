@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,8 +87,9 @@ def test_workers_hold_what_is_foretold(rule, workers):
 def torch_like():
     class Module:
         def named_parameters(self):
-            yield "w", np.ones((3, 2))
-            yield "b", np.ones(2)
+            yield "w", SimpleNamespace(shape=(3, 2), requires_grad=True)
+            yield "frozen", SimpleNamespace(shape=(9,), requires_grad=False)
+            yield "b", SimpleNamespace(shape=(2,), requires_grad=True)
 
     return Module()
 
@@ -96,22 +98,31 @@ def shapes_of_a_model():
     return {"w": (3, 2), "b": np.ones(2)}
 
 
+def model_that_fails():
+    yield (3, 2)
+    raise SystemExit(0)
+
+
+def model_of_no_shapes():
+    return {"w": (-1, 2)}
+
+
 NUMBER = 3
+ENTRIES = {
+    "__metadata__": {"format": "np"},
+    "w": {"dtype": "F32", "shape": [3, 2], "data_offsets": [0, 24]},
+    "b": {"dtype": "F32", "shape": [2], "data_offsets": [24, 32]},
+}
 
 
-def write_safetensors(path):
-    entries = {
-        "__metadata__": {"format": "np"},
-        "w": {"dtype": "F32", "shape": [3, 2], "data_offsets": [0, 24]},
-        "b": {"dtype": "F32", "shape": [2], "data_offsets": [24, 32]},
-    }
+def write_safetensors(path, entries):
     header = json.dumps(entries).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(32))
 
 
 def test_shapes_of_models(tmp_path):
     np.savez(tmp_path / "model.npz", w=np.ones((3, 2)), b=np.ones(2))
-    write_safetensors(tmp_path / "model.safetensors")
+    write_safetensors(tmp_path / "model.safetensors", ENTRIES)
     sources = [str(tmp_path / "model.npz"), str(tmp_path / "model.safetensors")]
     for source in (*sources, f"{__name__}:torch_like", f"{__name__}:shapes_of_a_model"):
         assert read_shapes(source) == [(3, 2), (2,)]
@@ -120,14 +131,19 @@ def test_shapes_of_models(tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: ModelState.of_count(0, Adam()), r"elements must be in \(0, inf\), got 0"),
+        (lambda: ModelState.of_count(0, Adam()), r"elements must be in \(0, 2\*\*63\), got 0"),
         (lambda: ModelState.of_count(1, Adam(), "int8"), "precision must be one of mixed.*'int8'"),
         (lambda: ModelState.of_count(1, Adafactor()), "Adafactor depends on shapes"),
-        (lambda: ModelState.of_shapes([(0, 2)], Adam()), "at least one parameter, has none"),
+        (lambda: ModelState.of_shapes([(0, 2)], Adam()), r"elements must be in \(0, .*, got 0"),
+        (lambda: ModelState.of_shapes([(2**32,) * 2], Adam()), "elements must be in .*, got 1844"),
         (lambda: ModelState.of_count(1, Adam()).memory(4, 1), "stage must be one of .*got 4"),
         (lambda: ModelState.of_count(1, Adam()).sent(1, 0), "workers must be at least 1, got 0"),
         (lambda: read_shapes("model.bin"), "model must be .*: model.bin"),
-        (lambda: read_shapes(f"{__name__}:nothing"), "has no function nothing"),
+        (lambda: read_shapes(f"{__name__}:nothing"), "AttributeError: .* no attribute 'nothing'"),
+        (lambda: read_shapes(f"{__name__}:NUMBER"), "TypeError: 'int' object is not callable"),
+        (lambda: read_shapes(f"{__name__}:model_that_fails"), "cannot be read: SystemExit: 0"),
+        (lambda: read_shapes(f"{__name__}:model_of_no_shapes"), r"\(-1, 2\) has no shape and is"),
+        (lambda: read_shapes(".:d"), "the shapes of .:d cannot be read: TypeError"),
         (lambda: read_shapes("builtins:object"), "must be a module, a dict or a sequence"),
     ],
 )
@@ -140,5 +156,14 @@ def test_errors(make, words):
 @pytest.mark.parametrize("name", ["model.npz", "model.safetensors"])
 def test_files_that_are_none(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=r"is no \.(npz|safetensors) file"):
+    with pytest.raises(ValueError, match=rf"the shapes of .*{name} cannot be read"):
         read_shapes(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "entries", [[3], {"w": 3}, {"w": None}, *({"w": {"shape": s}} for s in (3, [-1], [2.5], "32"))]
+)
+def test_a_header_without_shapes(entries, tmp_path):
+    write_safetensors(tmp_path / "model.safetensors", entries)
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+        read_shapes(str(tmp_path / "model.safetensors"))

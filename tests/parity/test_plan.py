@@ -47,9 +47,11 @@ def test_a_model_of_a_module_of_the_user(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--params", "0", "--workers", "2"], "--params: must be a number above 0, got 0"),
-        (["--params", "x", "--workers", "2"], "--params: must be a number above 0, got x"),
+        (["--params", "0", "--workers", "2"], "--params: must be a number in (0, 2**63), got 0"),
+        (["--params", "x", "--workers", "2"], "--params: must be a number in (0, 2**63), got x"),
         (["--params", "1e9", "--workers", "0"], "--workers: must be a whole number of at least 1"),
+        (["--params", "1e9", "--workers", "9" * 400], "--workers: must be at most 1000000, got 9"),
+        (["--params", "1e308", "--workers", "2"], "--params: must be a number in (0, 2**63), got"),
         (["--params", "1e9"], "required: --workers"),
         (["--workers", "2"], "one of the arguments --params --model is required"),
         (["--params", "1e9", "--workers", "2", "--rule", "adem"], "adem"),
