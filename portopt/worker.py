@@ -42,7 +42,7 @@ def keras_backend() -> str:
     folder = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
     try:
         configured = json.loads((folder / "keras.json").read_text()).get("backend")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # it may be no object
         configured = None
     return os.environ.get("KERAS_BACKEND") or configured or "tensorflow"
 

@@ -6,6 +6,7 @@ A command is a module with a function ``add``, which adds its parser, and a func
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 if all that it checks holds, 1 if parity is lost, 2 if it could not be
-        checked, 130 if it was interrupted.
+        checked, 130 if it was interrupted, 141 if nobody reads its output any more.
     """
     parser = argparse.ArgumentParser(
         prog="portopt", description="Optimizers written once, run natively everywhere."
@@ -31,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add(commands)
     arguments = parser.parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141
     except (ModuleNotFoundError, OSError) as error:
         print(f"portopt: {error}", file=sys.stderr)
         return 2

@@ -61,12 +61,18 @@ def picture(text: str) -> Path:
     return path
 
 
+TRAINING_BACKENDS = ("tensorflow", "jax", "torch")
+
+
 def each_framework() -> Iterator[str]:
     """The frameworks that can be used; says which cannot, and that each of the others starts."""
     for framework, name in NAMES.items():
         absent = worker.missing(framework)
         if absent is not None:
             print(f"{name} is left out: {absent} is not installed")
+            continue
+        if framework == "keras" and worker.keras_backend() not in TRAINING_BACKENDS:
+            print(f"{name} is left out: its backend {worker.keras_backend()} cannot train")
             continue
         status(f"{name} starts ...")
         yield framework

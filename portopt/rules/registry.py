@@ -184,7 +184,7 @@ def _literal(text: str) -> Any:
     """A number, True or False as Python writes it; else the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as it says
         return text
 
 

@@ -119,6 +119,7 @@ def test_commands_on_keras_with_jax(monkeypatch, tmp_path, command):
         (["demo", "--plot", "nowhere/x.png"], "must be a file that can be written, got nowhere"),
         (["parity", "--json", "nowhere/x.json"], "must be a file that can be written, got nowhere"),
         (["demo", "--rule", "adagrad"], "invalid choice: 'adagrad'"),
+        (["race", "adam:lr={[]:1}"], "lr must be a real number"),
         ([], "COMMAND"),
     ],
 )
@@ -131,3 +132,28 @@ def test_bad_usage(arguments, words, tmp_path):
 def test_a_child_that_fails_is_reported():
     with pytest.raises(worker.WorkerError, match=r"(?s)ended with status 1.*No module named"):
         list(worker.events("portopt.nothing", {}))
+
+
+@pytest.mark.parametrize("command", [["rules"], ["race", "adam", "--steps", "3"]], ids=str)
+def test_a_reader_that_has_read_enough_ends_it_quietly(command, tmp_path):
+    arguments = [sys.executable, "-m", "portopt", *command]
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_keras_on_a_backend_that_cannot_train_is_left_out(monkeypatch, capsys):
+    monkeypatch.setenv("KERAS_BACKEND", "numpy")
+    monkeypatch.setattr(worker, "missing", lambda framework: None)
+    assert "keras" not in [*console.each_framework()]
+    assert "Keras is left out: its backend numpy cannot train" in capsys.readouterr().out
+
+
+def test_a_configuration_of_keras_that_is_no_object(monkeypatch, tmp_path):
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    (tmp_path / "keras.json").write_text("[]")
+    assert worker.keras_backend() == "tensorflow"
