@@ -58,9 +58,9 @@ def messages(pieces: Sequence[Tensor], *, longest: int | None = None) -> list[Me
     result: list[Message] = []
     room = 0
     for piece in [piece.view(-1) for piece in pieces]:
-        size = piece.numel() * piece.element_size()
+        size = piece.nbytes
         if size >= SMALL:
-            most = max(size, 1) if longest is None else longest
+            most = longest or size
             result += [Message([part]) for part in piece.split(most // piece.element_size())]
             room = 0
         elif size <= room and piece.dtype == result[-1].pieces[0].dtype:
@@ -126,33 +126,16 @@ class GroupCollectives:
             pieces: Those of this rank are sent, the others received.
             what: What it is called in an error.
         """
-        cut = [messages(theirs) for theirs in pieces]
-
-        def write(place: int, parts: dict[int, Tensor]) -> None:
-            for rank, packed in parts.items():
-                cut[rank][place].unpack(packed)
-
-        self._exchange(
-            what,
-            dict.fromkeys(self.others, cut[self.rank]),
-            {rank: cut[rank] for rank in self.others},
-            _place,
-            write,
-        )
+        self._copy(pieces, self.others, self.others, what)
         self.all_reduce(np.zeros(1), what)
         return [list(theirs) for theirs in pieces]
 
     def gather(self, pieces: Pieces, to: int, what: str) -> None:
         """Send this rank's pieces to one rank, which receives them where they say."""
-        cut = [messages(theirs) for theirs in pieces]
-
-        def write(place: int, parts: dict[int, Tensor]) -> None:
-            for rank, packed in parts.items():
-                cut[rank][place].unpack(packed)
-
-        sends = {to: cut[self.rank]} if self.rank != to else {}
-        receives = {rank: cut[rank] for rank in self.others} if self.rank == to else {}
-        self._exchange(what, sends, receives, _place, write)
+        if self.rank == to:
+            self._copy(pieces, [], self.others, what)
+        else:
+            self._copy(pieces, [to], [], what)
 
     def all_reduce(
         self, values: np.ndarray[Any, Any], what: str = "agreement of all workers"
@@ -165,9 +148,21 @@ class GroupCollectives:
             self.group.allreduce([total], options).wait()
             return total.cpu().numpy()
 
-    def barrier(self) -> None:
-        """See `portopt.sharding.Collectives`."""
-        self.all_reduce(np.zeros(1))
+    def _copy(self, pieces: Pieces, to: Sequence[int], of: Sequence[int], what: str) -> None:
+        """Send this rank's pieces to some ranks, and receive those of some where they say."""
+        cut = [messages(theirs) for theirs in pieces]
+
+        def write(place: int, parts: dict[int, Tensor]) -> None:
+            for rank, packed in parts.items():
+                cut[rank][place].unpack(packed)
+
+        self._exchange(
+            what,
+            dict.fromkeys(to, cut[self.rank]),
+            {rank: cut[rank] for rank in of},
+            _place,
+            write,
+        )
 
     def _exchange(
         self,

@@ -57,10 +57,6 @@ class Collectives(Protocol):
         """The sum over all workers, in any order; the same bits on each of them."""
         ...
 
-    def barrier(self) -> None:
-        """Wait until all workers are here."""
-        ...
-
 
 class _Meeting:
     """What the threads share."""
@@ -104,10 +100,6 @@ class Simulated:
     def all_reduce(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """See `Collectives`."""
         return self._meet(values, lambda said: np.sum(said, axis=0))
-
-    def barrier(self) -> None:
-        """See `Collectives`."""
-        self._meet(None, lambda said: None)
 
     def _meet(self, word: Any, understand: Callable[[list[Any]], T]) -> T:
         """Say a word to all, and make something of all words before anybody goes on."""
