@@ -59,11 +59,33 @@ class Collectives(Protocol):
 
 
 class _Meeting:
-    """What the threads share."""
+    """What the threads share: what they say, and a barrier that none waits at in vain."""
 
     def __init__(self, size: int) -> None:
         self.said: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size)
+        self._changed = threading.Condition()
+        self._here, self._round = 0, 0
+        self._ended: list[int] = []
+
+    def wait(self, rank: int) -> None:
+        """Wait until all workers are here."""
+        with self._changed:
+            self._here += 1
+            if self._here == len(self.said):
+                self._here = 0
+                self._round += 1
+                self._changed.notify_all()
+                return
+            here = self._round
+            self._changed.wait_for(lambda: self._round > here or self._ended)
+            if self._round == here:
+                raise RuntimeError(f"worker {rank} waits for worker {self._ended[0]}, which ended")
+
+    def leave(self, rank: int) -> None:
+        """End; it is an error in those that wait, or come to wait, for this one."""
+        with self._changed:
+            self._ended.append(rank)
+            self._changed.notify_all()
 
 
 class Simulated:
@@ -104,9 +126,9 @@ class Simulated:
     def _meet(self, word: Any, understand: Callable[[list[Any]], T]) -> T:
         """Say a word to all, and make something of all words before anybody goes on."""
         self._meeting.said[self.rank] = word
-        self._meeting.barrier.wait()
+        self._meeting.wait(self.rank)
         result = understand(self._meeting.said)
-        self._meeting.barrier.wait()
+        self._meeting.wait(self.rank)
         return result
 
 
@@ -123,6 +145,7 @@ def simulate(size: int, work: Callable[[Simulated], T], buffers: Buffers = NUMPY
 
     Raises:
         BaseException: what the first worker to fail raised; the others end where they wait for it.
+        RuntimeError: a worker returned while others waited for it.
 
     Example:
         >>> simulate(3, lambda worker: worker.all_reduce(np.array([worker.rank + 1.0])).item())
@@ -137,13 +160,13 @@ def simulate(size: int, work: Callable[[Simulated], T], buffers: Buffers = NUMPY
     def run(rank: int) -> None:
         try:
             results[rank] = work(Simulated(rank, meeting, buffers))
-        except threading.BrokenBarrierError:
-            pass  # another worker failed
         except BaseException as error:
             errors.append(error)
-            meeting.barrier.abort()
+        finally:
+            meeting.leave(rank)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    # Daemons, so that none holds up the end of a program that is interrupted here.
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:

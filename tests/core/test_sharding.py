@@ -379,6 +379,15 @@ def test_a_worker_that_fails_ends_the_others():
         simulate(0, work)
 
 
+def test_a_worker_that_returns_early_ends_those_that_wait_for_it():
+    def work(worker):
+        for _ in range(2 + (worker.rank > 0)):
+            worker.all_reduce(np.zeros(1))
+
+    with pytest.raises(RuntimeError, match=r"worker \d waits for worker 0, which ended"):
+        simulate(3, work)
+
+
 def test_groups_of_two_programs():
     """Only one of them has weight decay."""
     grads = list(draw(3))
