@@ -140,13 +140,18 @@ class Sharded:
             own = [np.shape(array) for array in state[slot]]
             if own != shapes:
                 raise ValueError(f"state[{slot!r}] must have shapes {shapes}, has {own}")
-        for slot in self._program.slots:
-            for line in self._lines:
-                arrays = {place: tf.cast(state[slot][place], line.dtype) for place in line.places}
-                self._on_replicas(line.keep, slot, arrays)
-        self._on_replicas(self.iterations.assign, tf.constant(state["step"], tf.int64))
-        for name, number in self._numbers.items():
-            self._on_replicas(number.assign, tf.constant(state[name], number.dtype))
+        kept: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        try:  # all is converted before any of it is kept
+            for slot in self._program.slots:
+                for line in self._lines:
+                    arrays = {n: tf.cast(state[slot][n], line.dtype) for n in line.places}
+                    kept.append((line.keep, (slot, arrays)))
+            for name, number in {"step": self.iterations, **self._numbers}.items():
+                kept.append((number.assign, (tf.constant(state[name], number.dtype, ()),)))
+        except (TypeError, ValueError, tf.errors.OpError) as error:
+            raise ValueError(f"state must have numbers and arrays of them: {error}") from error
+        for keep, args in kept:
+            self._on_replicas(keep, *args)
 
     def _on_replicas(self, function: Callable[..., Any], *args: Any) -> Any:
         """What a function returns on the first replica of this worker."""

@@ -101,7 +101,11 @@ def test_a_state_of_another_rule_or_other_shapes_is_refused():
         optimizer.load({"step": 1})
     with pytest.raises(ValueError, match=r"\['momentum_buffer'\] must have shapes \[\(2,\)\]"):
         optimizer.load({"step": 1, "momentum_buffer": [np.zeros(3)]})
-    assert optimizer.state()["step"] == 0
+    for step, buffer in (("x", [1, 1]), ([1, 2], [1, 1]), (None, [1, 1]), (1, ["x", "y"])):
+        with pytest.raises(ValueError, match="state must have numbers"):
+            optimizer.load({"step": step, "momentum_buffer": [np.array(buffer)]})
+    state = optimizer.state()
+    assert state["step"] == 0 and not state["momentum_buffer"][0].any()
 
 
 def test_the_learning_rate_can_be_changed_and_rows_of_a_table_are_summed():
