@@ -439,11 +439,12 @@ class Sharded(torch.optim.Optimizer):
         self._show_state()
         pieces = [[places[s] for s in some if s in places] for some in self.plan.spans]
         self.collectives.all_gather(pieces, "exchange of parameters")
-        torch._foreach_copy_([division.parts[span] for span in places], list(places.values()))
+        if places:
+            torch._foreach_copy_([division.parts[span] for span in places], list(places.values()))
 
     def _drop_grads(self) -> None:
         grads = [param.grad for param in self.division.params if param.grad is not None]
-        if self.around.zero_grad:
+        if self.around.zero_grad and grads:
             torch._foreach_zero_(grads)
         else:
             for param in self.division.params:

@@ -173,6 +173,22 @@ def test_gradients_are_zeroed_or_dropped(group):
         assert expected is None or not weight.grad.any()
 
 
+@pytest.mark.parametrize("zero_grad", [False, True])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_without_gradients_changes_nothing(stage, zero_grad, group):
+    weight, frozen = param(), param()
+    frozen.requires_grad_(False)
+    optimizer = portopt_torch.SGD([weight, frozen], lr=0.5, around=Around(zero_grad=zero_grad))
+    optimizer = Sharded(optimizer, stage=stage)
+    optimizer.step()
+    assert (weight == 1).all() and not optimizer.state
+    (2 * weight).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert (weight == 0).all() and (frozen == 1).all()
+
+
 def differ(rank):
     with pytest.raises(ValueError, match="params must be the same on all workers"):
         Sharded(portopt_torch.Adam([param((3, 2 + rank))]))
