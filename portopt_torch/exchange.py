@@ -89,7 +89,8 @@ class Exchange:
             room -= param.nbytes
             self._buckets[-1].append(number)
             self._bucket[number] = len(self._buckets) - 1
-            param.register_post_accumulate_grad_hook(self._on_grad)
+            if param.requires_grad:
+                param.register_post_accumulate_grad_hook(self._on_grad)
         self._begin()
 
     def drop(self) -> None:
@@ -101,15 +102,20 @@ class Exchange:
     def complete(self, here: np.ndarray[Any, Any]) -> set[int]:
         """Exchange what has not been; returns the tensors that have a gradient on any worker.
 
+        Those that were frozen and have one now are watched from here on.
+
         Args:
             here: For each tensor whether it has a gradient that has not been exchanged.
         """
         flags = np.append(here, here.any())
         flags[list(self._had)] = 1.0
         total = self.optimizer.collectives.all_reduce(flags)
+        present = np.flatnonzero(total[:-1]).tolist()
         if total[-1]:
+            params = self.optimizer.division.params
+            self.extend(params[number] for number in present if number not in self._bucket)
             self._finish()
-        return {*np.flatnonzero(total[:-1]).tolist()}
+        return {*present}
 
     def _on_grad(self, param: Tensor) -> None:
         if self.waits:

@@ -393,7 +393,8 @@ class Sharded(torch.optim.Optimizer):
         if self._exchange:
             self.division.follow()
             there = self._exchange.shares | self._exchange.rooms
-            missing = [span for span in spans if span not in there]
+            own = {*self.division.own.values()}  # whose averages are there
+            missing = [span for span in spans if span not in there and span not in own]
             new = rooms([self.division.parts[span] for span in missing])
             there |= dict(zip(missing, new, strict=True))
             return {span: there[span] for span in spans}

@@ -17,7 +17,7 @@ from portopt import Around
 from portopt_torch import Sharded
 
 
-def make(shard, cls="AdamW", **options):
+def make(stage, cls="AdamW", **options):
     """A model of two groups, whose last layer is frozen, and its optimizer."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(
@@ -26,7 +26,7 @@ def make(shard, cls="AdamW", **options):
     net[2].requires_grad_(False)
     groups = [{"params": net[0].parameters(), "lr": 0.05}, {"params": net[2].parameters()}]
     optimizer = portopt_torch.get(cls)(groups, lr=0.1, **options)
-    return net, Sharded(optimizer) if shard else optimizer
+    return net, Sharded(optimizer, stage=stage) if stage else optimizer
 
 
 def train(net, optimizer):
@@ -54,15 +54,19 @@ def back(loss):
 
 
 def use_at_two(rank):
-    return {name: train(*make(True, name)) for name in ("AdamW", "Adagrad", "SGD")}
+    return {
+        (name, stage): train(*make(stage, name))
+        for name in ("AdamW", "Adagrad", "SGD")
+        for stage in (1, 2)
+    }
 
 
 @pytest.mark.distributed
 def test_it_is_used_as_the_optimizer_alone_is():
     for ends in workers.run(2, use_at_two):
-        for name, params in ends.items():
-            for param, expected in zip(params, train(*make(False, name)), strict=True):
-                assert_bits(param, expected, name)
+        for (name, stage), params in ends.items():
+            for param, expected in zip(params, train(*make(None, name)), strict=True):
+                assert_bits(param, expected, f"{name} in stage {stage}")
 
 
 MODES = portopt_torch.get("schedulefreeadamw")
