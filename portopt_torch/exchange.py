@@ -99,8 +99,8 @@ class Exchange:
         self.rooms.clear()
         self._had.clear()
 
-    def complete(self, here: np.ndarray[Any, Any]) -> set[int]:
-        """Exchange what has not been; returns the tensors that have a gradient on any worker.
+    def complete(self, here: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Exchange what has not been; returns what is not zero for what any worker has.
 
         Those that were frozen and have one now are watched from here on.
 
@@ -108,14 +108,13 @@ class Exchange:
             here: For each tensor whether it has a gradient that has not been exchanged.
         """
         flags = np.append(here, here.any())
-        flags[list(self._had)] = 1.0
+        flags[list(self._had)] += 1.0
         total = self.optimizer.collectives.all_reduce(flags)
-        present = np.flatnonzero(total[:-1]).tolist()
         if total[-1]:
-            params = self.optimizer.division.params
-            self.extend(params[number] for number in present if number not in self._bucket)
+            lacking = {*np.flatnonzero(total[:-1]).tolist()} - self._bucket.keys()
+            self.extend(self.optimizer.division.params[number] for number in sorted(lacking))
             self._finish()
-        return {*present}
+        return total[:-1]
 
     def _on_grad(self, param: Tensor) -> None:
         if self.waits:
@@ -144,11 +143,12 @@ class Exchange:
         grads: dict[int, Tensor] = {}
         for number in numbers:
             param = self.optimizer.division.params[number]
-            if param.grad is None:
+            if param.grad is None or param.grad.is_sparse:  # which `step` refuses
                 grads[number] = torch.zeros_like(param)
             else:
                 self._had.add(number)
                 grads[number] = param.grad.detach().contiguous()
+                param.grad = None  # another pass would add to what is under way
         if len(self._under_way) == 2:
             self._collect()
         future = self._pool.submit(self.optimizer.reduce, grads)
@@ -169,5 +169,3 @@ class Exchange:
         if is_last:
             spans = chain.from_iterable(self.optimizer.division.spans_of(grads))
             self.rooms = {s: part_of(grads[s.tensor], s) for s in spans if s not in means}
-        for number in grads:
-            self.optimizer.division.params[number].grad = None

@@ -9,6 +9,7 @@ import secrets
 import select
 import time
 import weakref
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
@@ -49,7 +50,7 @@ def connect(group: Any, device: torch.device, timeout: float) -> GroupCollective
     messages = GroupCollectives(group, device, timeout)
     if messages.size == 1 or device.type != "cpu":
         return messages
-    inbox = np.zeros((messages.size, 2, 1 + WORDS), np.int64)
+    inbox = np.zeros((messages.size, 2, 2 + WORDS), np.int64)
     _inboxes.append(inbox)
     inbox[messages.rank, 0] = np.frombuffer(secrets.token_bytes(inbox[0, 0].nbytes), np.int64)
     own = os.getpid(), inbox.ctypes.data, inbox[messages.rank, 0].copy()
@@ -74,8 +75,9 @@ class Neighbours(GroupCollectives):
         group: The process group.
         device: Where the tensors are.
         timeout: How long all may take to be ready for an exchange, or done with it, in seconds.
-        inbox: For each rank two messages of it, each a number and then words. A worker is at most
-            one message ahead of another, so that it writes over none that is still to be read.
+        inbox: For each rank two messages of it, each a number, then what it is about, and words. A
+            worker is at most one message ahead of another, so that it writes over none that is
+            still to be read.
         processes: For each rank, the number of its process.
         inboxes: For each rank, where its inbox is in its memory.
     """
@@ -151,15 +153,20 @@ class Neighbours(GroupCollectives):
         """What all workers say, a row for each, when all have: as many words each."""
         result = np.empty((self.size, len(words)), np.int64)
         result[self.rank] = words
+        about = zlib.crc32(f"{what} {len(words)}".encode())
         for start in range(0, max(len(words), 1), WORDS):
             part = slice(start, start + WORDS)
-            message = np.append(self._said + 1, result[self.rank, part])
+            message = np.append([self._said + 1, about], result[self.rank, part])
             self._said += 1
             for rank in self.others:
                 self._post(what, rank, message)
             deadline = time.monotonic() + self.timeout
             for rank in self.others:
-                result[rank, part] = self._await(what, rank, deadline)[: len(message) - 1]
+                theirs = self._await(what, rank, deadline)[: len(message)]
+                if theirs[1] != about:
+                    with self.named(f"{what} with rank {self._names[rank]}"):
+                        raise RuntimeError("it takes part in another exchange")
+                result[rank, part] = theirs[2:]
         return result
 
     def _post(self, what: str, rank: int, message: npt.NDArray[np.int64]) -> None:
@@ -184,7 +191,7 @@ class Neighbours(GroupCollectives):
                     if time.monotonic() > deadline:
                         raise TimeoutError("it does not answer")
                 time.sleep(PAUSE)
-        return message[1:]
+        return message
 
     def _check_lives(self, rank: int) -> None:
         if self._ends[rank].poll(0):

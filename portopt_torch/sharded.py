@@ -101,7 +101,7 @@ class Sharded(torch.optim.Optimizer):
         self._local.param_groups, self._local.state = [], defaultdict(dict)
         self._local.into_grad = True
         self._local.rule_of = self._rule_of  # type: ignore[method-assign]
-        self._failure: WorkerError | None = None
+        self._failure: str | None = None
         self._exchange = Exchange(self) if stage == 2 and ddp is None else None
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._extend(self.param_groups)
@@ -142,10 +142,12 @@ class Sharded(torch.optim.Optimizer):
             closure: Evaluates the model again and returns the loss, which is returned.
 
         Raises:
-            WorkerError: another worker has ended, or not answered in time: the error names the
-                exchange and the timeout. Parameters are all as before the step, or all as after
-                it; the state is not, so that every further step is refused: load a checkpoint.
-            RuntimeError: as the optimizer's own step does, or a gradient is sparse.
+            WorkerError: another worker has ended, not answered in time, or is at something else:
+                the error names the exchange and the timeout. Parameters are all as before the step,
+                or all as after it; the state is not, so that every further step is refused, as
+                after any other exception on the way: load a checkpoint into a new optimizer.
+            RuntimeError: as the optimizer's own step does; or a gradient is sparse on one of the
+                workers, and nothing is changed.
             ValueError: stage 1, and a gradient is not there on all workers; nothing is changed.
         """
         loss = None
@@ -153,11 +155,13 @@ class Sharded(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_usable()
-        with self._guard("the parameters are those before the step"):
-            present = self._present()
-            found_inf = getattr(self, "found_inf", None)  # GradScaler's
-            if found_inf is not None and self.stage == 2:
-                raise RuntimeError("stage 2 takes no GradScaler: each worker sees other gradients")
+        if not all(group.get("train_mode", True) for group in self.param_groups):
+            raise RuntimeError("the weights are those of eval(): call train() first")
+        found_inf = getattr(self, "found_inf", None)  # GradScaler's
+        if found_inf is not None and self.stage == 2:
+            raise RuntimeError("stage 2 takes no GradScaler: each worker sees other gradients")
+        present = self._present()
+        with self._guard():
             if found_inf is None or not host(found_inf):
                 self._update(self._places(present), present)
         self._drop_grads()
@@ -214,6 +218,7 @@ class Sharded(torch.optim.Optimizer):
         Raises:
             ValueError: it does not fit; nothing is changed then.
         """
+        self._check_usable()
 
         def take(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
             self._local.load_state_dict(self.division.cut_state(state_dict, self.param_groups))
@@ -226,7 +231,6 @@ class Sharded(torch.optim.Optimizer):
         finally:
             before.remove()
             after.remove()
-        self._failure = None
 
     def load_checkpoint(self, folder: Any, key: str = "optimizer") -> None:
         """Load what any number of workers, or the unsharded optimizer, saved; all do it together.
@@ -355,26 +359,40 @@ class Sharded(torch.optim.Optimizer):
     # A step
 
     def _check_usable(self) -> None:
-        if self._failure:
-            raise RuntimeError(
-                "a worker has failed before: load a checkpoint into a new optimizer"
-            ) from self._failure
+        if self._failure is not None:
+            raise WorkerError(
+                f"a worker has failed before: load a checkpoint into a new optimizer; it was "
+                f"{self._failure}"
+            )
 
     @contextmanager
-    def _guard(self, what: str) -> Iterator[None]:
-        """Note that a worker fails, and say what has become of the parameters."""
+    def _guard(self, what: str = "the parameters are those before the step") -> Iterator[None]:
+        """Note that a worker fails, this one included, and say what has become of the parameters.
+
+        Whatever ends an exchange here, the others have gone another way in it.
+        """
         try:
             yield
-        except WorkerError as error:
-            self._failure = error
-            raise WorkerError(f"{error}; {what}: go on from a checkpoint") from error
+        except BaseException as error:
+            if self._failure is None:
+                self._failure = f"{type(error).__name__}: {error}"
+                if isinstance(error, WorkerError):
+                    raise WorkerError(f"{error}; {what}: go on from a checkpoint") from error
+            raise
 
     def _present(self) -> set[int]:
         """The tensors that have a gradient; the same on all workers."""
-        here = np.array([param.grad is not None for param in self.division.params], np.float64)
-        if self._exchange:
-            return self._exchange.complete(here)
-        count = self.collectives.all_reduce(here)
+        grads = [param.grad for param in self.division.params]
+        # What no worker takes is NaN in the sum, so that all of them refuse it.
+        here = np.array([grad is not None for grad in grads], np.float64)
+        here[[grad is not None and grad.is_sparse for grad in grads]] = np.nan
+        with self._guard():
+            if self._exchange:
+                count = self._exchange.complete(here)
+            else:
+                count = self.collectives.all_reduce(here)
+        if np.isnan(count).any():
+            raise RuntimeError("a gradient must not be sparse to be sharded, on any worker")
         for number, workers in enumerate(count):
             if 0 < workers < self.collectives.size and self.stage == 1:
                 shape = tuple(self.division.params[number].shape)
@@ -403,8 +421,6 @@ class Sharded(torch.optim.Optimizer):
         for number in present:
             param = self.division.params[number]
             grad = torch.zeros_like(param) if param.grad is None else param.grad
-            if grad.is_sparse:
-                raise RuntimeError("a gradient must not be sparse to be sharded")
             if not grad.is_contiguous() or grad.data_ptr() in seen:
                 grad = grad.clone(memory_format=torch.contiguous_format)
             seen.add(grad.data_ptr())
@@ -495,9 +511,10 @@ class Sharded(torch.optim.Optimizer):
         Returns:
             This worker's spans of them.
         """
-        spans = self.division.spans_of(grads)
-        pieces = [[part_of(grads[s.tensor], s) for s in some] for some in spans]
-        with self._guard("the parameters are those before the step"):
+        self._check_usable()
+        with self._guard():
+            spans = self.division.spans_of(grads)
+            pieces = [[part_of(grads[s.tensor], s) for s in some] for some in spans]
             own = self.collectives.reduce_scatter(pieces)
         return dict(zip(spans[self.collectives.rank], own, strict=True))
 

@@ -16,6 +16,7 @@ if not distributed.is_available():
 import workers
 
 import portopt_torch
+from portopt import Around
 from portopt_torch import Sharded, WorkerError, collectives
 from portopt_torch.neighbours import Neighbours
 
@@ -106,3 +107,64 @@ def test_the_others_say_so_and_keep_their_parameters(phase, how, by_messages):
         assert "go on from a checkpoint" in error
         assert kept
         assert seconds < 3 * TIMEOUT  # the process group's own is a minute
+
+
+def make(stage=1, **options):
+    weight = torch.nn.Parameter(torch.ones(9, 4))
+    optimizer = portopt_torch.SGD([weight], lr=0.5, **options)
+    return weight, Sharded(optimizer, stage=stage, timeout=TIMEOUT)
+
+
+def meet_a_sparse_gradient(rank, stage):
+    weight, optimizer = make(stage)
+    for step in range(2):
+        optimizer.zero_grad()
+        rows = torch.nn.functional.embedding(
+            torch.tensor([1]), weight, sparse=rank == 0 and step == 0
+        )
+        rows.sum().backward()
+        if step == 0:
+            with pytest.raises(RuntimeError, match="must not be sparse"):
+                optimizer.step()
+            assert (weight == 1).all()
+    optimizer.step()
+    return weight.sum().item()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_sparse_gradient_on_one_worker_is_refused_by_all(stage):
+    assert workers.run(2, meet_a_sparse_gradient, stage) == [36 - 0.5 * 4] * 2
+
+
+def be_interrupted(rank):
+    weight, optimizer = make()
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    if rank == 0:
+        optimizer._local.step = interrupt
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(WorkerError if rank else KeyboardInterrupt):
+        optimizer.step()
+    with pytest.raises(WorkerError, match=r"load a checkpoint .*it was") as refusal:
+        optimizer.step()
+    return str(refusal.value), (weight == 1).all().item()
+
+
+def test_one_that_is_interrupted_goes_on_no_more_than_the_others():
+    (own, kept), (others, kept_too) = workers.run(2, be_interrupted)
+    assert kept and kept_too
+    assert own.endswith("KeyboardInterrupt: ") and "it does not answer" in others
+
+
+def clip_on_one(rank):
+    weight, optimizer = make(around=Around(clip_norm=1.0) if rank else None)
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(WorkerError, match="takes part in another exchange"):
+        optimizer.step()
+    return (weight == 1).all().item()
+
+
+def test_workers_that_do_different_things():
+    assert workers.run(2, clip_on_one) == [True, True]
