@@ -494,9 +494,7 @@ class Sharded(torch.optim.Optimizer):
         def work() -> None:
             try:
                 self.reduce(grads)
-            except Exception as error:
-                done.set_exception(error)
-            else:
+            finally:  # PyTorch cannot take an exception here; `step` raises it
                 done.set_result(bucket.buffer())
 
         self._pool.submit(work)

@@ -14,6 +14,7 @@ if not distributed.is_available():
     pytest.skip("this PyTorch has no torch.distributed", allow_module_level=True)
 
 import workers
+from torch.nn.parallel import DistributedDataParallel
 
 import portopt_torch
 from portopt import Around
@@ -168,3 +169,21 @@ def clip_on_one(rank):
 
 def test_workers_that_do_different_things():
     assert workers.run(2, clip_on_one) == [True, True]
+
+
+def end_beside_ddp(rank):
+    net = DistributedDataParallel(torch.nn.Linear(50, 50))
+    optimizer = portopt_torch.SGD(net.parameters(), lr=0.1)
+    optimizer = Sharded(optimizer, stage=2, ddp=net, timeout=TIMEOUT)
+    for _ in range(2):  # after which DDP asks nothing more of the others itself
+        net(torch.ones(2, 50)).sum().backward()
+        optimizer.step()
+    if rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    net(torch.ones(2, 50)).sum().backward()
+    with pytest.raises(WorkerError, match="exchange of gradients with rank 1"):
+        optimizer.step()
+
+
+def test_with_ddp_the_step_says_it():
+    assert workers.run(2, end_beside_ddp) == [None, workers.Dead]
