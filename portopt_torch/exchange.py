@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
@@ -64,7 +65,8 @@ class Exchange:
     """
 
     def __init__(self, optimizer: Sharded) -> None:
-        self.optimizer, self.waits = optimizer, False
+        self.optimizer: Sharded = weakref.proxy(optimizer)
+        self.waits = False
         self.shares: dict[Span, Tensor] = {}
         self.rooms: dict[Span, Tensor] = {}
         self._had: set[int] = set()  # the tensors that have had a gradient here since the last step
@@ -80,6 +82,7 @@ class Exchange:
 
     def extend(self, params: Iterable[Tensor]) -> None:
         """Watch parameters; the last ones are expected to be ready first."""
+        own = weakref.proxy(self)  # a hook that knew it would keep it, and itself
         room = 0
         for param in reversed(list(params)):
             number = self.optimizer.division.number[param]
@@ -90,7 +93,8 @@ class Exchange:
             self._buckets[-1].append(number)
             self._bucket[number] = len(self._buckets) - 1
             if param.requires_grad:
-                param.register_post_accumulate_grad_hook(self._on_grad)
+                handle = param.register_post_accumulate_grad_hook(lambda param: own._on_grad(param))
+                weakref.finalize(self, handle.remove)
         self._begin()
 
     def drop(self) -> None:
@@ -117,9 +121,10 @@ class Exchange:
         return total[:-1]
 
     def _on_grad(self, param: Tensor) -> None:
-        if self.waits:
+        if self.waits or self.optimizer._failure is not None:
             return
-        self.optimizer._check_usable()
+        if param.grad is None:
+            raise RuntimeError("a gradient has gone to another Sharded of stage 2: delete that one")
         if not self._is_running:
             self._is_running = True
             self.rooms.clear()

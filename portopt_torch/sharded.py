@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,8 @@ class Sharded(torch.optim.Optimizer):
         self._whole, self._local = optimizer, copy.copy(optimizer)
         self._local.param_groups, self._local.state = [], defaultdict(dict)
         self._local.into_grad = True
-        self._local.rule_of = self._rule_of  # type: ignore[method-assign]
+        own = weakref.proxy(self)  # so that all goes when this does, with its hooks
+        self._local.rule_of = lambda group: own._rule_of(group)  # type: ignore[method-assign]
         self._failure: str | None = None
         self._exchange = Exchange(self) if stage == 2 and ddp is None else None
         super().__init__(optimizer.param_groups, optimizer.defaults)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import workers
@@ -191,6 +194,40 @@ def test_a_step_without_gradients_changes_nothing(stage, zero_grad, group):
     optimizer.zero_grad()
     optimizer.step()
     assert (weight == 0).all() and (frozen == 1).all()
+
+
+@pytest.fixture
+def no_collector():
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("group", "no_collector")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_that_is_deleted_is_gone(stage):
+    weight = param()
+    for _ in range(2):
+        optimizer = Sharded(portopt_torch.SGD([weight], lr=0.25), stage=stage)
+        weight.sum().backward()
+        optimizer.step()
+        seen = weakref.ref(optimizer)
+        del optimizer
+        assert seen() is None
+    weight.sum().backward()
+    assert (weight.grad == 1).all() and (weight == 0.5).all()
+
+
+def test_two_for_one_parameter(group):
+    weight = param()
+    first, second = (Sharded(portopt_torch.SGD([weight], lr=0.5), stage=2) for _ in range(2))
+    with pytest.raises(RuntimeError, match="gone to another Sharded"):
+        weight.sum().backward()
+    del first
+    second.zero_grad()
+    weight.sum().backward()
+    second.step()
+    assert (weight == 0.5).all()
 
 
 def differ(rank):
