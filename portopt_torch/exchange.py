@@ -97,8 +97,14 @@ class Exchange:
                 weakref.finalize(self, handle.remove)
         self._begin()
 
+    def settle(self) -> None:
+        """Exchange the rest of a backward pass that an exception has ended: the others wait."""
+        if self._is_running and self.optimizer._failure is None:
+            self._finish()
+
     def drop(self) -> None:
         """Forget the gradients."""
+        self.settle()
         self.shares.clear()
         self.rooms.clear()
         self._had.clear()
@@ -132,14 +138,16 @@ class Exchange:
         number = self.optimizer.division.number[param]
         self._missing[self._bucket[number]].discard(number)
         while self._next < len(self._buckets) and not self._missing[self._next]:
-            self._launch()
+            with self.optimizer._guard():
+                self._launch()
 
     def _finish(self) -> None:
         """Exchange the other buckets, with zeros for what has no gradient."""
-        while self._next < len(self._buckets):
-            self._launch()
-        while self._under_way:
-            self._collect()
+        with self.optimizer._guard():
+            while self._next < len(self._buckets):
+                self._launch()
+            while self._under_way:
+                self._collect()
         self._begin()
 
     def _launch(self) -> None:

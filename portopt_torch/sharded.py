@@ -132,6 +132,7 @@ class Sharded(torch.optim.Optimizer):
         """Add a group, which is divided by itself; all workers do it together."""
         if any(param_group is group for group in self._whole.param_groups):  # as this one begins
             return super().add_param_group(param_group)
+        self._ready()
         self._whole.add_param_group(param_group)
         super().add_param_group(param_group)
         return self._extend([param_group])
@@ -156,7 +157,7 @@ class Sharded(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_usable()
+        self._ready()
         if not all(group.get("train_mode", True) for group in self.param_groups):
             raise RuntimeError("the weights are those of eval(): call train() first")
         found_inf = getattr(self, "found_inf", None)  # GradScaler's
@@ -271,7 +272,7 @@ class Sharded(torch.optim.Optimizer):
         Returns:
             The state, on all other workers None.
         """
-        self._check_usable()
+        self._ready()
         self._local.state_dict()
         self._show_state()
         rank, group = self.collectives.rank, self.collectives.group
@@ -359,6 +360,12 @@ class Sharded(torch.optim.Optimizer):
         return self._whole.rule_of(group)
 
     # A step
+
+    def _ready(self) -> None:
+        """Before anything that all workers do together."""
+        self._check_usable()
+        if self._exchange:
+            self._exchange.settle()
 
     def _check_usable(self) -> None:
         if self._failure is not None:
@@ -473,7 +480,7 @@ class Sharded(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _switch(self, mode: str) -> None:
-        self._check_usable()
+        self._ready()
         self.division.follow()
         getattr(self._local, mode)()
         for ours, theirs in zip(self.param_groups, self._local.param_groups, strict=True):

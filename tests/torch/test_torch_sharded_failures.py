@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from bits import assert_bits
 from torch import distributed
 
 if not distributed.is_available():
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import portopt_torch
 from portopt import Around
-from portopt_torch import Sharded, WorkerError, collectives
+from portopt_torch import Sharded, WorkerError, collectives, exchange
 from portopt_torch.neighbours import Neighbours
 
 pytestmark = pytest.mark.distributed
@@ -187,3 +188,42 @@ def end_beside_ddp(rank):
 
 def test_with_ddp_the_step_says_it():
     assert workers.run(2, end_beside_ddp) == [None, workers.Dead]
+
+
+def train_but_for_one_batch(rank, by_messages):
+    """What is left by steps of which one is left out, and by those where its gradient fails."""
+    exchange.BUCKET = 1  # one for each parameter
+    if by_messages:
+        workers.by_messages()
+    xs = torch.randn(4, 8, 50, generator=torch.Generator().manual_seed(rank))
+
+    def fail(_):
+        raise MemoryError
+
+    ends = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(*(torch.nn.Linear(50, 50) for _ in range(3)))
+        optimizer = Sharded(portopt_torch.SGD(net.parameters()), stage=2, timeout=TIMEOUT)
+        for batch, x in enumerate(xs):
+            if batch != 1:
+                net(x).square().mean().backward()
+                optimizer.step()
+            elif fails:
+                middle = net[0](x)
+                if rank == 0:
+                    middle.register_hook(fail)
+                try:
+                    net[1:](middle).square().mean().backward()
+                except MemoryError:
+                    assert rank == 0
+                optimizer.zero_grad()
+        ends.append([param.detach().numpy() for param in net.parameters()])
+    return ends
+
+
+@pytest.mark.parametrize("by_messages", [False, True], ids=["memory", "messages"])
+def test_a_backward_pass_that_fails_is_left_out(by_messages):
+    for expected, actual in workers.run(2, train_but_for_one_batch, by_messages):
+        for one, other in zip(actual, expected, strict=True):
+            assert_bits(one, other)
