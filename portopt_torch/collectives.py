@@ -63,7 +63,7 @@ def messages(pieces: Sequence[Tensor], *, longest: int | None = None) -> list[Me
             most = longest or size
             result += [Message([part]) for part in piece.split(most // piece.element_size())]
             room = 0
-        elif size <= room and piece.dtype == result[-1].pieces[0].dtype:
+        elif 0 < size <= room and piece.dtype == result[-1].pieces[0].dtype:
             result[-1].pieces.append(piece)
             room -= size
         elif size:

@@ -51,7 +51,8 @@ class Sharded(torch.optim.Optimizer):
             2: a worker gets the averages of its spans alone, exchanged while the backward pass goes
             on, and keeps no other gradients.
         ddp: For stage 2, the ``DistributedDataParallel`` around the model, if there is one: it
-            leaves the exchange to this optimizer. It keeps its own memory for all gradients.
+            leaves the exchange to this optimizer. It keeps its own memory for all gradients, and
+            those of another optimizer's parameters are averaged on all workers.
         timeout: How many seconds an exchange may take before it is an error. With NCCL it is the
             process group's own timeout that counts.
 
@@ -492,17 +493,22 @@ class Sharded(torch.optim.Optimizer):
     # Stage 2
 
     def _reduce_bucket(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """A hook of DistributedDataParallel: average of a bucket what is this worker's."""
-        grads = {
-            self.division.number[param]: grad
-            for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True)
-            if param in self.division.number
-        }
+        """A hook of DistributedDataParallel: average of a bucket what is this worker's.
+
+        What is another optimizer's is averaged on all workers.
+        """
+        grads, others = {}, []
+        for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            if param in self.division.number:
+                grads[self.division.number[param]] = grad
+            else:
+                others.append(grad)
         done: torch.futures.Future[Tensor] = torch.futures.Future()
 
         def work() -> None:
             try:
                 self.reduce(grads)
+                self._average(others)
             finally:  # PyTorch cannot take an exception here; `step` raises it
                 done.set_result(bucket.buffer())
 
@@ -524,6 +530,18 @@ class Sharded(torch.optim.Optimizer):
             pieces = [[part_of(grads[s.tensor], s) for s in some] for some in spans]
             own = self.collectives.reduce_scatter(pieces)
         return dict(zip(spans[self.collectives.rank], own, strict=True))
+
+    def _average(self, grads: Sequence[Tensor]) -> None:
+        """Average whole gradients over all workers, in place; the same ones on all of them."""
+        if not grads:
+            return
+        # Their elements in the order of memory, whatever axis is the innermost.
+        lines = [grad.as_strided((grad.numel(),), (1,)) for grad in grads]
+        parts = [line.tensor_split(self.collectives.size) for line in lines]
+        pieces = [*zip(*parts, strict=True)]
+        with self._guard():
+            self.collectives.reduce_scatter(pieces)
+            self.collectives.all_gather(pieces, "exchange of gradients")
 
 
 class _HostBuffers(Buffers):

@@ -229,3 +229,36 @@ def test_passes_that_each_exchange(models):
     ):
         assert_bits(first, second)
         torch.testing.assert_close(torch.tensor(first), torch.tensor(other))
+
+
+def train_by_two_optimizers(rank, by_messages):
+    """A model of which only one weight is of a sharded optimizer, in DDP, or of none."""
+    if by_messages:
+        workers.by_messages()
+    xs = torch.randn(3, 4, 2, 5, 5, generator=torch.Generator().manual_seed(rank))
+    ends = []
+    for shard in (False, True):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(27, 1)
+        )
+        net.to(memory_format=torch.channels_last)
+        wrapped = DistributedDataParallel(net)
+        optimizer = portopt_torch.SGD([net[2].weight], lr=0.1)
+        rest = portopt_torch.SGD([*net[0].parameters(), net[2].bias], lr=0.1)
+        if shard:
+            optimizer = Sharded(optimizer, stage=2, ddp=wrapped)
+        for x in xs:
+            wrapped(x).square().mean().backward()
+            for each in (optimizer, rest):
+                each.step()
+                each.zero_grad()
+        ends.append([param.detach().numpy() for param in net.parameters()])
+    return ends
+
+
+@pytest.mark.parametrize("by_messages", [False, True], ids=["memory", "messages"])
+def test_ddp_averages_what_is_another_optimizers(by_messages):
+    for expected, actual in workers.run(2, train_by_two_optimizers, by_messages):
+        for one, other in zip(actual, expected, strict=True):
+            assert_bits(one, other)
