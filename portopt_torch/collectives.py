@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -136,6 +137,16 @@ class GroupCollectives:
             self._copy(pieces, [], self.others, what)
         else:
             self._copy(pieces, [to], [], what)
+
+    def all_gather_object(self, word: Any, what: str) -> list[Any]:
+        """What each worker says, anything that can be pickled, within the timeout of these."""
+        own = torch.frombuffer(bytearray(pickle.dumps(word)), dtype=torch.uint8).to(self.device)
+        lengths = np.zeros(self.size)
+        lengths[self.rank] = len(own)
+        pieces = [[own.new_empty(int(n))] for n in self.all_reduce(lengths, what)]
+        pieces[self.rank] = [own]
+        self.all_gather(pieces, what)
+        return [pickle.loads(piece.cpu().numpy().tobytes()) for (piece,) in pieces]
 
     def all_reduce(
         self, values: np.ndarray[Any, Any], what: str = "agreement of all workers"

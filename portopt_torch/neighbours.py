@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from portopt.kernels.cpu import spans
 from portopt.sharding.collectives import Pieces
@@ -54,9 +54,7 @@ def connect(group: Any, device: torch.device, timeout: float) -> GroupCollective
     _inboxes.append(inbox)
     inbox[messages.rank, 0] = np.frombuffer(secrets.token_bytes(inbox[0, 0].nbytes), np.int64)
     own = os.getpid(), inbox.ctypes.data, inbox[messages.rank, 0].copy()
-    said: list[Any] = [None] * messages.size
-    with messages.named("first exchange"):
-        distributed.all_gather_object(said, own, group)
+    said = messages.all_gather_object(own, "first exchange")
     strangers = sum(not _can_reach(rank, *said[rank], messages.rank) for rank in messages.others)
     if messages.all_reduce(np.array([strangers], np.float64)).any():
         return messages
@@ -126,9 +124,9 @@ class Neighbours(GroupCollectives):
 
     def gather(self, pieces: Pieces, to: int, what: str) -> None:
         """See `GroupCollectives.gather`."""
-        there: list[Any] = [None] * self.size
-        with self.named(what):
-            distributed.all_gather_object(there, _addresses(pieces[self.rank]), self.group)
+        own = _addresses(pieces[self.rank])
+        most = self._say(what, [len(own)]).max()
+        there = self._say(what, np.resize(own, most))  # as many words each
         if self.rank == to:
             for rank in self.others:
                 self._take(what, rank, there[rank], pieces[rank])

@@ -272,32 +272,35 @@ class Sharded(torch.optim.Optimizer):
 
         Returns:
             The state, on all other workers None.
+
+        Raises:
+            ValueError: there is no such worker.
+            WorkerError: as `step` does.
         """
+        if to not in range(self.collectives.size):
+            raise ValueError(f"to must be a rank below {self.collectives.size}, got {to!r}")
         self._ready()
         self._local.state_dict()
         self._show_state()
-        rank, group = self.collectives.rank, self.collectives.group
+        rank, what = self.collectives.rank, "gathering of the state"
         own = self.division.described(self.state)
-        said: list[Any] = [None] * self.collectives.size
-        receives = said if rank == to else None
         with self._guard("nothing is changed"):
-            with self.collectives.named("gathering of the state"):
-                root = distributed.get_global_rank(group, to)
-                distributed.gather_object(own, receives, root, group)
+            said = self.collectives.all_gather_object(own, what)
             whole: dict[int, dict[str, Any]] = defaultdict(dict)
-            rooms_of = self.division.rooms
-            pieces = [[*rooms_of(r, some or {}, whole)] for r, some in enumerate(said)]
+            pieces: list[list[Tensor]] = [[] for _ in said]
+            if rank == to:
+                pieces = [[*self.division.rooms(r, some, whole)] for r, some in enumerate(said)]
             slots = [
                 self.state[self.division.params[number]][name].reshape(-1)
                 for number, entries in own.items()
                 for name, what in entries.items()
                 if not torch.is_tensor(what)
             ]
-            if rank == to:
-                torch._foreach_copy_(pieces[rank], slots)
-            else:
+            if rank != to:
                 pieces[rank] = slots
-            self.collectives.gather(pieces, to, "gathering of the state")
+            elif slots:
+                torch._foreach_copy_(pieces[rank], slots)
+            self.collectives.gather(pieces, to, what)
         if rank != to:
             return None
         places = [self.division.number[param] for param in self._flat_params()]
@@ -320,9 +323,7 @@ class Sharded(torch.optim.Optimizer):
             [(tuple(p.shape), str(p.dtype), p.requires_grad) for p in group["params"]]
             for group in groups
         ]
-        said: list[Any] = [None] * self.collectives.size
-        with self.collectives.named("comparison of the parameters"):
-            distributed.all_gather_object(said, described, self.collectives.group)
+        said = self.collectives.all_gather_object(described, "comparison of the parameters")
         if any(other != described for other in said):
             raise ValueError(
                 "params must be the same on all workers, are of other shapes or dtypes"

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import signal
+import time
 from functools import partial
 from itertools import product
 
@@ -24,7 +25,7 @@ from torch.distributed import checkpoint
 
 import portopt_torch
 from portopt import Around
-from portopt_torch import Sharded
+from portopt_torch import Sharded, WorkerError
 from portopt_torch.shard import Shard, Writer, boxes
 
 # What it says where there is no process group, also with no_dist=True.
@@ -153,6 +154,38 @@ def test_saved_at_two_resumed_anywhere(name, saved, resumed, unsharded):
     for ranks in resumed.values():
         for rank in ranks:
             assert_ends(rank[name], expected)
+
+
+def consolidate(rank, by_messages):
+    """Where there is little to gather, or nobody to do it."""
+    if by_messages:
+        workers.by_messages()
+    weight = torch.nn.Parameter(torch.ones(8))  # which the first worker has
+    optimizer = Sharded(portopt_torch.Adam([weight]), timeout=2)
+    found = []
+    for to in (0, 1):
+        found.append(optimizer.consolidated_state_dict(to))
+        weight.grad = torch.ones(8)
+        optimizer.step()
+    for bad in (-1, 2, None):
+        with pytest.raises(ValueError, match="to must be a rank below 2, got"):
+            optimizer.consolidated_state_dict(bad)
+    found.append(optimizer.consolidated_state_dict(1))
+    states = [one and {k: v["exp_avg"].tolist() for k, v in one["state"].items()} for one in found]
+    start = time.monotonic()
+    if rank == 0:
+        with pytest.raises(WorkerError, match="gathering of the state"):
+            optimizer.consolidated_state_dict()
+        assert time.monotonic() - start < 10  # the process group's own is a minute
+    return states
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("by_messages", [False, True], ids=["memory", "messages"])
+def test_a_state_of_little_or_none_is_gathered(by_messages):
+    first, second = workers.run(2, consolidate, by_messages)
+    assert first == [{}, None, None]
+    assert second == [None, {0: [pytest.approx(0.1)] * 8}, {0: [pytest.approx(0.19)] * 8}]
 
 
 @pytest.mark.distributed
