@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from portopt.sharding import Plan, Span, divide
 from portopt_torch.exchange import part_of
@@ -95,9 +99,44 @@ class Division:
             for name, value in entries.items()
         }
 
-    def empty(self, param: Tensor, shape: torch.Size, dtype: torch.dtype) -> Any:
-        """Memory for what this worker keeps of a saved tensor for a parameter."""
-        span = self.own[self.number[param]]
+    def empty_state(
+        self, key: str, saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """An optimizer's state with room for what a checkpoint has and this worker keeps.
+
+        What others keep is there without memory.
+
+        Args:
+            key: What the state is called in the checkpoint.
+            saved: What is in that, by its names.
+            groups: The groups that it is for.
+        """
+        params = [param for group in groups for param in group["params"]]
+        ours = defaultdict(dict, enumerate(groups))
+        state: dict[int, dict[str, Any]] = defaultdict(dict)
+        found: dict[int, dict[str, Any]] = defaultdict(dict)
+        pattern = re.compile(rf"{re.escape(key)}\.(state|param_groups)\.(\d+)\.(.+)")
+        for match, meta in zip(map(pattern.fullmatch, saved), saved.values(), strict=True):
+            if not match:
+                continue
+            place, entry = int(match[2]), match[3]
+            if match[1] == "state":
+                if place < len(params):
+                    state[place][entry] = self._empty(params[place], meta)
+            elif "." in entry:  # one of several tensors
+                entry = entry.partition(".")[0]
+                found[place][entry] = copy.deepcopy(ours[place].get(entry))
+            elif isinstance(meta, TensorStorageMetadata):
+                found[place][entry] = torch.empty(meta.size, dtype=meta.properties.dtype)
+            else:
+                found[place][entry] = None
+        return {"state": dict(state), "param_groups": [found[place] for place in sorted(found)]}
+
+    def _empty(self, param: Tensor, meta: TensorStorageMetadata) -> Any:
+        shape, dtype = meta.size, meta.properties.dtype
+        span = self.own.get(self.number[param])
+        if span is None:
+            return torch.empty(shape, dtype=dtype, device="meta")
         device = param.device if shape else "cpu"
         if shape != param.shape or not self.is_cut(span):
             return torch.empty(shape, dtype=dtype, device=device)

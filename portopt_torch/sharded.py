@@ -225,6 +225,7 @@ class Sharded(torch.optim.Optimizer):
         self._check_usable()
 
         def take(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
+            self._whole._check_state(state_dict)  # the others' parts, too
             self._local.load_state_dict(self.division.cut_state(state_dict, self.param_groups))
             return {**state_dict, "state": {}}
 
@@ -249,17 +250,14 @@ class Sharded(torch.optim.Optimizer):
         is_reader = isinstance(folder, checkpoint.StorageReader)
         reader = folder if is_reader else checkpoint.FileSystemReader(folder)
         saved = reader.read_metadata().state_dict_metadata
-        wanted = super().state_dict()
-        state: dict[int, dict[str, Any]] = {}
-        for place, param in enumerate(self._flat_params()):
-            start = f"{key}.state.{place}."
-            for name, meta in saved.items():
-                if param in self.division.views and name.startswith(start):
-                    entry = self.division.empty(param, meta.size, meta.properties.dtype)
-                    state.setdefault(place, {})[name[len(start) :]] = entry
-        read = {key: {"state": state, "param_groups": wanted["param_groups"]}}
+        state = self.division.empty_state(key, saved, self.param_groups)
+        if not state["param_groups"]:
+            raise ValueError(f"there is no optimizer's state {key!r} in the checkpoint")
+        params = self._flat_params()
+        own = {n: x for n, x in state["state"].items() if params[n] in self.division.views}
+        read = {key: {**state, "state": own}}
         checkpoint.load(read, storage_reader=reader, process_group=self.collectives.group)
-        self.load_state_dict(read[key])
+        self.load_state_dict({**read[key], "state": state["state"] | own})
 
     @torch.no_grad()
     def consolidated_state_dict(self, to: int = 0) -> dict[str, Any] | None:

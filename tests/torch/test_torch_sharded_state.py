@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import pickle
@@ -22,6 +23,7 @@ if not distributed.is_available():
 
 import workers
 from torch.distributed import checkpoint
+from torch.optim.lr_scheduler import StepLR
 
 import portopt_torch
 from portopt import Around
@@ -285,3 +287,44 @@ def test_a_shard_says_what_it_is():
     assert shard.shape == (2, 3) and repr(shard).startswith("Shard([2:5] of (2, 3), tensor([0.")
     with pytest.raises(RuntimeError, match="but a part of a tensor"):
         shard + 1
+
+
+def small(shape=(9, 4), cls="Adam", **options):
+    """Two parameters, of which each of two workers has one."""
+    params = [torch.nn.Parameter(torch.ones(shape)) for _ in range(2)]
+    return params, Sharded(portopt_torch.get(cls)(params, **options))
+
+
+def load_what_does_not_fit(rank, folder):
+    params, optimizer = small()
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    checkpoint.save({"optimizer": optimizer.state_dict()}, storage_writer=Writer(folder))
+    whole = [optimizer.consolidated_state_dict(to) for to in (0, 1)][rank]
+
+    for kind, words in (
+        ({"shape": (4, 9), "lr": torch.tensor(0.5)}, r"must have shape \(4, 9\), got \(9, 4\)"),
+        ({"cls": "SGD", "momentum": 0.9}, "must have 'dampening'"),
+    ):
+        _, other = small(**kind)
+        before = copy.deepcopy(other.param_groups)
+        with pytest.raises(ValueError, match=words):
+            other.load_checkpoint(folder)
+        assert str(other.param_groups) == str(before) and not other.state
+    with pytest.raises(ValueError, match="no optimizer's state 'opt' in the checkpoint"):
+        optimizer.load_checkpoint(folder, "opt")
+
+    whole["state"][0]["exp_avg"] = torch.ones(3)  # which one of them has
+    with pytest.raises(ValueError, match=r"'exp_avg' of parameter 0 must have shape \(9, 4\)"):
+        optimizer.load_state_dict(whole)
+
+    StepLR(optimizer, 1)  # its "initial_lr" is not in the checkpoint
+    optimizer.load_checkpoint(folder)
+    own = optimizer.state[params[rank]]
+    assert own["step"] == 1 and own["exp_avg"].view(-1)[0] == pytest.approx(0.1)
+
+
+@pytest.mark.distributed
+def test_what_does_not_fit_changes_nothing_on_any_worker(tmp_path):
+    workers.run(2, load_what_does_not_fit, tmp_path)
