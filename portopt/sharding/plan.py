@@ -122,7 +122,8 @@ def divide(
     within a tensor moves to the nearest multiple of ``align``, or to its end. So a rank is off from
     an equal share by at most ``align`` elements. Tensors that must stay whole are handed out first,
     the largest before the others, each to the rank that has least so far; what may be cut then
-    fills up the rest, as water would.
+    fills up the rest, as water would. Tensors without elements are the first rank's: there is
+    something to keep for them, too, such as a number of steps.
 
     Args:
         sizes: For each tensor, its number of elements.
@@ -157,6 +158,7 @@ def divide(
             load, rank = heapq.heappop(loads)
             heapq.heappush(loads, (load + sizes[tensor] * each[tensor], rank))
             spans[rank].append(Span(tensor, 0, sizes[tensor]))
+    spans[0] += [Span(tensor, 0, 0) for tensor, size in enumerate(sizes) if not size]
     divided = [tensor for tensor in range(len(sizes)) if sizes[tensor] and tensor not in set(whole)]
     ends = list(accumulate(sizes[tensor] * each[tensor] for tensor in divided))
     if divided:

@@ -50,7 +50,7 @@ class Sharded:
         plan: Who updates what; tensors are numbered in the order of the groups.
         state: For each parameter of which this worker has a span and that has had a gradient, by
             name, its "step" and slots: flat arrays as long as the span, but of the parameter's
-            shape where the span is all of it. A parameter without elements has no state.
+            shape where the span is all of it.
 
     Raises:
         TypeError: a parameter is of a wrong type or dtype; an unknown hyperparameter.

@@ -33,7 +33,14 @@ from portopt_torch.shard import Shard, Writer, boxes
 # What it says where there is no process group, also with no_dist=True.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
-SHAPES = {"w": (30, 7, 11), "half": (64, 50), "b": (37,), "scale": (), "late": (50, 30)}
+SHAPES = {
+    "w": (30, 7, 11),
+    "half": (64, 50),
+    "b": (37,),
+    "scale": (),
+    "none": (0, 3),
+    "late": (50, 30),
+}
 SAVED, STEPS = 6, 12
 LATE = 8
 GRADS = {name: list(gradients(shape, STEPS, 9)) for name, shape in SHAPES.items()}
