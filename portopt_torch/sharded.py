@@ -172,7 +172,10 @@ class Sharded(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As ``torch.optim.Optimizer`` does; a share of the gradients goes, too."""
+        """As ``torch.optim.Optimizer`` does; a share of the gradients goes, too.
+
+        Of a backward pass that has raised in stage 2, the rest is exchanged first, and goes.
+        """
         super().zero_grad(set_to_none)
         if self._exchange:
             self._exchange.drop()
