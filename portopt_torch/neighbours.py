@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from portopt.kernels.cpu import spans
 from portopt.sharding.collectives import Pieces
@@ -54,7 +54,10 @@ def connect(group: Any, device: torch.device, timeout: float) -> GroupCollective
     _inboxes.append(inbox)
     inbox[messages.rank, 0] = np.frombuffer(secrets.token_bytes(inbox[0, 0].nbytes), np.int64)
     own = os.getpid(), inbox.ctypes.data, inbox[messages.rank, 0].copy()
-    said = messages.all_gather_object(own, "first exchange")
+    said: list[Any] = [None] * messages.size
+    with messages.named("first exchange"):
+        # By the group's own timeout, as workers may start long after one another.
+        distributed.all_gather_object(said, own, group)
     strangers = sum(not _can_reach(rank, *said[rank], messages.rank) for rank in messages.others)
     if messages.all_reduce(np.array([strangers], np.float64)).any():
         return messages

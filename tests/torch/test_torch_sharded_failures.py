@@ -111,10 +111,10 @@ def test_the_others_say_so_and_keep_their_parameters(phase, how, by_messages):
         assert seconds < 3 * TIMEOUT  # the process group's own is a minute
 
 
-def make(stage=1, **options):
+def make(stage=1, timeout=300.0, **options):
     weight = torch.nn.Parameter(torch.ones(9, 4))
     optimizer = portopt_torch.SGD([weight], lr=0.5, **options)
-    return weight, Sharded(optimizer, stage=stage, timeout=TIMEOUT)
+    return weight, Sharded(optimizer, stage=stage, timeout=timeout)
 
 
 def meet_a_sparse_gradient(rank, stage):
@@ -139,7 +139,7 @@ def test_a_sparse_gradient_on_one_worker_is_refused_by_all(stage):
 
 
 def be_interrupted(rank):
-    weight, optimizer = make()
+    weight, optimizer = make(timeout=TIMEOUT)
 
     def interrupt():
         raise KeyboardInterrupt
@@ -204,7 +204,7 @@ def train_but_for_one_batch(rank, by_messages):
     for fails in (False, True):
         torch.manual_seed(0)
         net = torch.nn.Sequential(*(torch.nn.Linear(50, 50) for _ in range(3)))
-        optimizer = Sharded(portopt_torch.SGD(net.parameters()), stage=2, timeout=TIMEOUT)
+        optimizer = Sharded(portopt_torch.SGD(net.parameters()), stage=2)
         for batch, x in enumerate(xs):
             if batch != 1:
                 net(x).square().mean().backward()

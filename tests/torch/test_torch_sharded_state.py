@@ -170,7 +170,7 @@ def consolidate(rank, by_messages):
     if by_messages:
         workers.by_messages()
     weight = torch.nn.Parameter(torch.ones(8))  # which the first worker has
-    optimizer = Sharded(portopt_torch.Adam([weight]), timeout=2)
+    optimizer = Sharded(portopt_torch.Adam([weight]), timeout=5)
     found = []
     for to in (0, 1):
         found.append(optimizer.consolidated_state_dict(to))
@@ -185,7 +185,7 @@ def consolidate(rank, by_messages):
     if rank == 0:
         with pytest.raises(WorkerError, match="gathering of the state"):
             optimizer.consolidated_state_dict()
-        assert time.monotonic() - start < 10  # the process group's own is a minute
+        assert time.monotonic() - start < 30  # the process group's own is a minute
     return states
 
 
