@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from keras.backend import standardize_dtype
 from keras.src.backend.common.stateless_scope import in_stateless_scope  # nothing public tells
 from torch import Tensor
 
@@ -32,8 +33,13 @@ def _are_here(tensors: Sequence[Any]) -> bool:
 
 def lack(variables: Sequence[Any]) -> str | None:
     """Why they cannot be worked on where they are; None if they can."""
-    whole = all(variable.value.is_contiguous() for variable in variables)
-    return None if whole else "a variable's elements are not one after the other in memory"
+    values = [variable._value for variable in variables]
+    if not all(map(Tensor.is_contiguous, values)):
+        return "a variable's elements are not one after the other in memory"
+    known = [(standardize_dtype(v.dtype), tuple(v.shape)) for v in variables]
+    if known != [(standardize_dtype(v.dtype), tuple(v.shape)) for v in values]:  # model.half()
+        return "a variable's value is of another dtype or shape than the variable"
+    return None
 
 
 def can_step() -> bool:

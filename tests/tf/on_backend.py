@@ -109,11 +109,14 @@ def check_launches():
         "empty": ([torch.ones(0, 3), torch.ones(2)], [torch.ones(0, 3), torch.ones(2)], [1]),
         "transposed": ([torch.ones(3, 2).T], [torch.ones(2, 3)], []),
         "one memory": ([base[0], base[0]], [torch.ones(4), torch.zeros(4)], []),
+        "half": ([torch.ones(1000)], [torch.ones(1000)], []),
     }
     for label, (values, grads, launched) in cases.items():
         launches.clear()
         made, sgd = [*map(variable, values)], twins("SGD", learning_rate=0.5)[1]
         sgd.build(made)
+        if label == "half":  # as by model.half(), of which Keras does not know
+            made[0].value.data = made[0].value.data.half()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             sgd.apply(grads, made)
