@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,13 +113,15 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def build(self, variables: list[Any]) -> None:
         """Create the slots of ``variables``, named ``{variable}_{slot}``."""
-        if self.built:
-            return
+        if not self.built:
+            with _outside_graphs():  # slots must begin with values, whatever is being traced now
+                self._build(variables)
+
+    def _build(self, variables: list[Any]) -> None:
         for variable in variables:
             check_dtype(variable)
+        rule = self._first_rule()
         super().build(variables)
-        rule_class, values = self.rule_of()
-        rule = rule_class.unchecked(**values, lr=self._get_current_learning_rate())
         self._slots: dict[str, list[Any]] = {}
         for names in self.slot_names:
             used = {slot: name for slot, name in names.items() if slot in rule.slots}
@@ -132,6 +135,18 @@ class Optimizer(keras.optimizers.Optimizer):
         }
         if rule.has_modes:
             self._train_mode = self.add_variable((), "ones", name="train_mode")
+
+    def _first_rule(self) -> Rule:
+        """The rule that slots and numbers begin with.
+
+        A callable learning rate counts its calls: where none begins with it, it is not called.
+        """
+        rule_class, values = self.rule_of()
+        rule = rule_class.unchecked(**values, lr=math.nan)
+        begin = map(rule.initial, (*rule.slots, *rule.numbers))
+        if any(value != value for value in begin):  # only NaN is
+            rule = rule_class.unchecked(**values, lr=self._get_current_learning_rate())
+        return rule
 
     def _add_slots(
         self, rule: Rule, names: Mapping[str, str], variables: list[Any]
@@ -160,7 +175,8 @@ class Optimizer(keras.optimizers.Optimizer):
         for slot in names:
             if begin[slot] is PARAM:
                 for own, variable in zip(slots[slot], variables, strict=True):
-                    own.assign(variable)
+                    if own is not None:  # as of one that is overwritten with its gradient
+                        own.assign(variable)
         return slots
 
     def eval(self) -> None:
@@ -181,6 +197,8 @@ class Optimizer(keras.optimizers.Optimizer):
         rule = self.rule_for(True, self._get_current_learning_rate())
         to = rule.trained if training else rule.evaluated
         for index, variable in enumerate(self._trainable_variables):
+            if self._overwrite_variable_with_gradient(variable):
+                continue
             dtype = compute_dtype(keras.backend.standardize_dtype(variable.dtype))
             slots = {slot: ops.cast(own[index], dtype) for slot, own in self._slots.items()}
             self.assign(variable, to(_Ops(), ops.cast(variable, dtype), Slots(slots)))
@@ -367,6 +385,15 @@ def _has_strategy() -> bool:
     import tensorflow as tf
 
     return bool(tf.distribute.has_strategy())
+
+
+def _outside_graphs() -> Any:
+    """Lets TensorFlow compute now what is not to be a part of a ``tf.function``."""
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.init_scope()
 
 
 def _unseen(function: Any) -> Any:

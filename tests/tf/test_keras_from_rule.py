@@ -47,6 +47,37 @@ def test_a_rule_without_a_default_learning_rate_takes_a_schedule():
     assert_agree(variable.numpy(), [-0.75], "same")
 
 
+@pytest.mark.parametrize("name", ("ScheduleFreeSGD", "Rprop", "ASGD"))
+def test_slots_begin_alike_when_built_inside_a_function(name):
+    """They begin with the weights, or with the learning rate."""
+    results = []
+    for wrap in (lambda step: step, tf.function):
+        ours, variable = portopt_tf.get(name)(0.125), tf.Variable([0.0, 1.0, 2.0])
+        step = wrap(lambda grad, ours=ours, variable=variable: ours.apply([grad], [variable]))
+        for _ in range(2):
+            step(tf.constant([0.0, 1.0, -1.0]))
+        results.append(variable.numpy())
+    assert_agree(results[1], results[0], "same")
+
+
+def test_a_callable_learning_rate_is_called_once_a_step():
+    rates = iter((0.5, 0.25))
+    ours, variable = portopt_tf.SGD(lambda: next(rates)), tf.Variable([1.0])
+    for _ in range(2):
+        ours.apply([tf.ones(1)], [variable])
+    assert variable.numpy() == 0.25
+
+
+def test_a_learning_rate_that_cannot_be_had_leaves_nothing_half_built():
+    rates = {}
+    ours, variable = portopt_tf.Rprop(lambda: rates["first"]), tf.Variable([1.0])
+    with pytest.raises(KeyError):
+        ours.apply([tf.ones(1)], [variable])
+    rates["first"] = 0.5
+    ours.apply([tf.ones(1)], [variable])
+    assert variable.numpy() == 0.5
+
+
 def test_a_rules_values_are_the_defaults():
     optimizer = portopt_tf.from_rule(rules.Adam(lr=0.25, beta1=0.5, weight_decay=0.125))
     given, preset = optimizer(0.5, 0.25, beta1=0.75), optimizer()

@@ -49,3 +49,17 @@ def test_a_model_is_saved_in_its_mode(name, tmp_path):
     again.optimizer.train()
     for weight, value in zip(again.weights, trained, strict=True):
         assert_agree(weight.numpy(), value, "float32")
+
+
+def test_variables_that_take_their_gradient_have_no_modes():
+    """As the scales of float8 do."""
+    scale, weight = keras.Variable([1.0]), keras.Variable([1.0])
+    scale.overwrite_with_gradient = True
+    ours = portopt_tf.ScheduleFreeSGD(0.5)
+    for grad in (1.0, 2.0):
+        ours.apply([keras.ops.array([grad])] * 2, [scale, weight])
+    trained = weight.numpy()
+    ours.eval()
+    assert scale.numpy() == 2.0 and weight.numpy() != trained
+    ours.train()
+    assert_agree(weight.numpy(), trained, "float32")
