@@ -152,32 +152,20 @@ class Optimizer(keras.optimizers.Optimizer):
         self, rule: Rule, names: Mapping[str, str], variables: list[Any]
     ) -> dict[str, list[Any]]:
         """Create slots: for each, one for every variable, and None for one that has it not."""
-        if rule.by_shape:
-            made: dict[str, list[Any]] = {slot: [] for slot in names}
-            for variable in variables:
-                shapes = rule.slot_shapes(tuple(variable.shape))
-                for slot, name in names.items():
-                    own = None
-                    if slot in shapes:
-                        own = self.add_variable(
-                            shapes[slot],
-                            _initializer(rule.initial(slot)),
-                            variable.dtype,
-                            name=f"{path_of(variable).replace('/', '_')}_{name}",
-                        )
-                    made[slot].append(own)
-            return made
-        begin = {slot: rule.initial(slot) for slot in names}
-        lists = self.add_optimizer_variables(
-            variables, list(names.values()), [*map(_initializer, begin.values())]
-        )
-        slots = dict(zip(names, lists, strict=True))
-        for slot in names:
-            if begin[slot] is PARAM:
-                for own, variable in zip(slots[slot], variables, strict=True):
-                    if own is not None:  # as of one that is overwritten with its gradient
-                        own.assign(variable)
-        return slots
+        made: dict[str, list[Any]] = {slot: [] for slot in names}
+        for variable in variables:
+            shape = tuple(variable.shape)
+            is_overwritten = self._overwrite_variable_with_gradient(variable)
+            shapes = {} if is_overwritten else rule.slot_shapes(shape)
+            for slot, name in names.items():
+                begin, own = _initializer(rule.initial(slot), variable), None
+                if shapes.get(slot) == shape:
+                    own = self.add_variable_from_reference(variable, name, begin)
+                elif slot in shapes:
+                    name = f"{path_of(variable).replace('/', '_')}_{name}"
+                    own = self.add_variable(shapes[slot], begin, variable.dtype, name=name)
+                made[slot].append(own)
+        return made
 
     def eval(self) -> None:
         """Put the weights to evaluate the model with in the place of those to train.
@@ -355,8 +343,10 @@ class Optimizer(keras.optimizers.Optimizer):
             ) from error
 
 
-def _initializer(value: Any) -> Any:
-    if value is PARAM or value == 0.0:
+def _initializer(value: Any, variable: Any = None) -> Any:
+    if value is PARAM:
+        return lambda shape, dtype: ops.copy(variable)
+    if value == 0.0:
         return "zeros"
     # Keras would take a Python float into float64 by way of float32.
     return keras.initializers.Constant(np.float64(value) if isinstance(value, float) else value)

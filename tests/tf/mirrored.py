@@ -5,6 +5,8 @@ import numpy as np
 import tensorflow as tf
 from keras_runs import assert_variables, case, exact_cast, fit, small_model
 
+import portopt_tf
+
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
@@ -57,4 +59,10 @@ def refuses(optimizer):
 
 
 assert [refuses(optimizer) for optimizer in case("centered")] == [True, True]
+
+with strategy.scope():  # built in a replica: each has its slots' values
+    weight, free = tf.Variable(np.ones(3)), portopt_tf.ScheduleFreeSGD(0.125)
+for _ in range(2):
+    strategy.run(lambda: free.apply([weight * 1.0], [weight]))
+assert np.array_equal(*(value.numpy() for value in weight.values))
 print("agreed")
