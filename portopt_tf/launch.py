@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from itertools import chain
@@ -13,6 +15,13 @@ import numpy as np
 from portopt.arrays import STORAGE_DTYPES
 from portopt.kernels import cpu, slow
 from portopt.program import Program
+
+
+_lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child must not inherit a step half done
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 
 
 class Member(NamedTuple):
@@ -83,8 +92,12 @@ class Plan:
             scalars: For each program, what its ``scalars`` returned.
             grads: The gradients, in the order of the places.
         """
-        if not self._is_possible:
-            return False
+        # A kernel runs without Python's lock, on addresses in the plan's own table; and another
+        # step on the same variables, of whatever optimizer, would take them from under it.
+        with _lock:
+            return self._is_possible and self._run(scalars, grads)
+
+    def _run(self, scalars: Sequence[Mapping[str, Any]], grads: Sequence[Any]) -> bool:
         found = [batch.find(grads) for batch in self._batches]  # alive while it is worked on
         if None in found:
             slow.warn("portopt_tf", "a variable or a gradient is not in memory of its own")

@@ -1,6 +1,7 @@
 """Eager steps on CPUs run as kernels in place; what was read before keeps its elements."""
 
 import threading
+import time
 import warnings
 
 import keras
@@ -343,6 +344,34 @@ def test_a_thread_that_reads_disturbs_no_step():
     done.set()
     thread.join()
     assert (variable.numpy() == -300).all()
+
+
+def test_steps_on_the_same_variable_wait_for_one_another(monkeypatch):
+    """By one optimizer in two threads, and by another at once: no update is lost."""
+    inside, seen, step = [], [], cpu.Step.run
+
+    def run(self, *args):
+        inside.append(self)
+        time.sleep(0.001)  # a kernel is without Python's lock, too
+        seen.append(len(inside))
+        step(self, *args)
+        inside.pop()
+
+    monkeypatch.setattr(cpu.Step, "run", run)
+    variable, ours = tf.Variable(tf.zeros([1000])), [portopt_tf.SGD(1.0) for _ in range(2)]
+    for optimizer in ours:
+        optimizer.build([variable])
+
+    def train(optimizer):
+        for _ in range(20):
+            optimizer.apply([tf.ones([1000])], [variable])
+
+    threads = [threading.Thread(target=train, args=(o,)) for o in (ours[0], *ours)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [1] * 60 and (variable.numpy() == -60).all()
 
 
 def test_threads_are_those_of_tensorflow(monkeypatch):
