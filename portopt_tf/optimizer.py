@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from operator import is_
 from typing import Any, ClassVar, NamedTuple
@@ -48,10 +48,10 @@ class _Group:
         plan: How kernels update them.
     """
 
-    variables: Sequence[Any]
-    shapes: Sequence[Any]
-    can_be_compiled: bool
-    places: dict[Hashable, list[int]]
+    variables: Sequence[Any] = ()
+    shapes: Sequence[Any] = ()
+    can_be_compiled: bool = False
+    places: dict[Hashable, list[int]] = field(default_factory=dict)
     plan: Any = None
 
 
@@ -96,7 +96,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self, learning_rate: Any, hyperparameters: Mapping[str, Any], **kwargs: Any
     ) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
-        self._group = _Group((), (), False, {})
+        self._group = _Group()
         for name, value in hyperparameters.items():
             if hasattr(self, name):
                 raise TypeError(f"{name!r} cannot be a hyperparameter: Keras uses it for its own")
@@ -232,16 +232,18 @@ class Optimizer(keras.optimizers.Optimizer):
     ) -> None:
         """All variables at once, by kernels or on TensorFlow compiled; else `update_step` for each.
 
-        That is, in the processor's memory, and wherever TensorFlow keeps one copy of each.
+        That is, in the processor's memory, and wherever TensorFlow keeps one copy of each; not
+        where a subclass has an `update_step` of its own.
         """
         t, group = _next(self.iterations), self._group_of(trainable_variables)
-        can_be_compiled = group.can_be_compiled and not _has_strategy()
+        is_ours = type(self).update_step is Optimizer.update_step  # a subclass may add to it
+        can_be_compiled = is_ours and group.can_be_compiled and not _has_strategy()
         works: list[_Work] = []
         for variant, places in group.places.items():
             rule = self.rule_for(variant, learning_rate)
             program = trace(rule)
             works.append(_Work(program, scalars_of(program, rule, self._numbers, t), places))
-        can_be_launched = can_be_compiled or keras.backend.backend() == "torch"
+        can_be_launched = can_be_compiled or (is_ours and keras.backend.backend() == "torch")
         if not (can_be_launched and _unseen(Optimizer._launched)(self, group, works, grads)):
             for program, scalars, places in works:
                 own_grads = [grads[place] for place in places]
@@ -260,7 +262,7 @@ class Optimizer(keras.optimizers.Optimizer):
         group = self._group
         if len(group.variables) != len(variables) or not all(map(is_, group.variables, variables)):
             shapes = [shape_of(variable) for variable in variables]
-            group = _Group([*variables], shapes, _can_be_compiled(variables), {})
+            group = _Group([*variables], shapes, _can_be_compiled(variables))
             for place, variable in enumerate(variables):
                 group.places.setdefault(self.variant(variable), []).append(place)
             self._group = group
@@ -306,6 +308,10 @@ class Optimizer(keras.optimizers.Optimizer):
     def get_config(self) -> dict[str, Any]:
         """The arguments that make this optimizer again, without its state."""
         return {**super().get_config(), **{name: getattr(self, name) for name in self.fields}}
+
+    def exclude_from_weight_decay(self, *args: Any, **kwargs: Any) -> None:
+        super().exclude_from_weight_decay(*args, **kwargs)
+        self._group = _Group()  # which knew who decays
 
     def _apply_weight_decay(self, variables: Any) -> None:
         """Nothing: decay is a part of the rule."""

@@ -185,3 +185,29 @@ def test_iterations_count_the_applies():
         assert int(optimizer.iterations) == 2
         pairs = zip(variables, variables, strict=True)
         assert int(optimizer.apply_gradients(pairs)) == 6
+
+
+@pytest.mark.parametrize("mode", ("eager", "function"))
+def test_a_subclass_may_have_an_update_step_of_its_own(mode):
+    """It is what Keras says to override."""
+
+    class Slow(portopt_tf.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            super().update_step(gradient, variable, learning_rate * 0.5)
+
+    runs = [apply_steps(o, raw_variables(), mode=mode) for o in (portopt_tf.SGD(0.25), Slow(0.5))]
+    assert_variables(runs[1], runs[0], "float64")
+
+
+@pytest.mark.parametrize("label", ("adamw", "muon"))
+def test_exclusion_from_weight_decay_is_felt_at_once(label):
+    results = []
+    for optimizer in case(label, weight_decay=0.5):
+        variables = raw_variables("float32")
+
+        def change(step, optimizer=optimizer, variables=variables):
+            if step == 2:
+                optimizer.exclude_from_weight_decay(var_list=variables[1:])
+
+        results.append(apply_steps(optimizer, variables, change=change))
+    assert_variables(results[1], results[0], "float32")
