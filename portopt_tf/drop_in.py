@@ -14,6 +14,7 @@ import keras
 
 from portopt import rules
 from portopt.rules import registry
+from portopt.rules.base import is_zero
 from portopt_tf import shaped
 from portopt_tf.from_rule import SHARED, from_rule
 from portopt_tf.optimizer import Optimizer
@@ -93,9 +94,9 @@ class SGD(drop_in(rules.Momentum, rules.Momentum.natives[1])):
 
     def rule_of(self) -> tuple[type[rules.Rule], dict[str, Any]]:
         rule, values = super().rule_of()
-        if self.momentum:
-            return rule, values
-        return rules.SGD, {name: values[name] for name in ("decoupled", "weight_decay")}
+        if is_zero(self.momentum):
+            return rules.SGD, {name: values[name] for name in ("decoupled", "weight_decay")}
+        return rule, values
 
     def _checked(self, learning_rate: Any) -> rules.Rule:
         if not isinstance(self.momentum, float) or not 0 <= self.momentum <= 1:

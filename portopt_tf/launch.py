@@ -16,7 +16,6 @@ from portopt.arrays import STORAGE_DTYPES
 from portopt.kernels import cpu, slow
 from portopt.program import Program
 
-
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child must not inherit a step half done
     os.register_at_fork(

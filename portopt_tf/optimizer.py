@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from operator import is_
 from typing import Any, ClassVar, NamedTuple
@@ -48,11 +48,14 @@ class _Group:
         plan: How kernels update them.
     """
 
-    variables: Sequence[Any] = ()
-    shapes: Sequence[Any] = ()
-    can_be_compiled: bool = False
-    places: dict[Hashable, list[int]] = field(default_factory=dict)
+    variables: Sequence[Any]
+    shapes: Sequence[Any]
+    can_be_compiled: bool
+    places: dict[Hashable, list[int]]
     plan: Any = None
+
+
+_NONE = _Group((), (), False, {})
 
 
 class _Work(NamedTuple):
@@ -96,7 +99,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self, learning_rate: Any, hyperparameters: Mapping[str, Any], **kwargs: Any
     ) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
-        self._group = _Group()
+        self._group = _NONE
         for name, value in hyperparameters.items():
             if hasattr(self, name):
                 raise TypeError(f"{name!r} cannot be a hyperparameter: Keras uses it for its own")
@@ -109,7 +112,8 @@ class Optimizer(keras.optimizers.Optimizer):
     def rule_of(self) -> tuple[type[Rule], dict[str, Any]]:
         """The rule that the attributes mean: its class, and the fields that they set but ``lr``."""
         values = {field: getattr(self, name) for name, field in self.fields.items()}
-        return self.rule_class, {**self.fixed, **values, "weight_decay": self.weight_decay or 0.0}
+        decay = 0.0 if self.weight_decay is None else self.weight_decay
+        return self.rule_class, {**self.fixed, **values, "weight_decay": decay}
 
     def build(self, variables: list[Any]) -> None:
         """Create the slots of ``variables``, named ``{variable}_{slot}``."""
@@ -118,8 +122,6 @@ class Optimizer(keras.optimizers.Optimizer):
                 self._build(variables)
 
     def _build(self, variables: list[Any]) -> None:
-        for variable in variables:
-            check_dtype(variable)
         rule = self._first_rule()
         super().build(variables)
         self._slots: dict[str, list[Any]] = {}
@@ -261,8 +263,10 @@ class Optimizer(keras.optimizers.Optimizer):
         """What is known of these variables, if they are the last step's."""
         group = self._group
         if len(group.variables) != len(variables) or not all(map(is_, group.variables, variables)):
+            for variable in variables:
+                check_dtype(variable)
             shapes = [shape_of(variable) for variable in variables]
-            group = _Group([*variables], shapes, _can_be_compiled(variables))
+            group = _Group([*variables], shapes, _can_be_compiled(variables), {})
             for place, variable in enumerate(variables):
                 group.places.setdefault(self.variant(variable), []).append(place)
             self._group = group
@@ -311,7 +315,7 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def exclude_from_weight_decay(self, *args: Any, **kwargs: Any) -> None:
         super().exclude_from_weight_decay(*args, **kwargs)
-        self._group = _Group()  # which knew who decays
+        self._group = _NONE  # which knew who decays
 
     def _apply_weight_decay(self, variables: Any) -> None:
         """Nothing: decay is a part of the rule."""
@@ -404,17 +408,17 @@ def _hidden(function: Any) -> Any:
 
 def scalars_of(program: Program, rule: Rule, numbers: Mapping[str, Any], t: Any) -> dict[str, Any]:
     """The program's scalars: floats where ``t`` has a value, else 0-d tensors of float64."""
-    values, learning_rate = vars(rule), rule.lr
-    if not (_is_symbolic(t) or _is_symbolic(learning_rate)):
-        known = {name: _number(x) for name, x in {**numbers, "lr": learning_rate}.items()}
-        return program.scalars({**values, **known}, int(t))
+    names = *program.hyperparameters, *program.numbers
+    given = {**vars(rule), **numbers}
+    if not (_is_symbolic(t) or _is_symbolic(rule.lr)):
+        return program.scalars({name: _number(given[name]) for name in names}, int(t))
 
     def double(x: Any) -> Any:  # Keras would cast a float by way of float32
         return x if isinstance(x, float) else ops.cast(x, "float64")
 
     with _float64():
-        known = {name: double(x) for name, x in {**numbers, "lr": learning_rate}.items()}
-        return program.scalars({**values, **known}, double(t), double)
+        values = {name: double(given[name]) for name in names}
+        return program.scalars(values, double(t), double)
 
 
 def _next(iterations: Any) -> Any:
@@ -427,6 +431,8 @@ def _number(x: Any) -> float:
         return float(x)
     except TypeError:  # a mirrored variable is no number, but its sums are
         return float(x + 0)
+    except RuntimeError:  # nor is one on PyTorch that is trained
+        return float(ops.convert_to_numpy(x))
 
 
 def _is_symbolic(x: Any) -> bool:

@@ -69,7 +69,7 @@ class Muon(Optimizer):
             return super().rule_for(decays, learning_rate)
         # Keras multiplies the decay by the learning rate as it was given.
         decay = getattr(self, "adam_weight_decay", self.weight_decay)  # it has its own from 3.13 on
-        decay = (decay or 0.0) / self.adam_lr_ratio if decays else 0.0
+        decay = 0.0 if decay is None or not decays else decay / self.adam_lr_ratio
         values = {
             "beta1": self.adam_beta_1,
             "beta2": self.adam_beta_2,

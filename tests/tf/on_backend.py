@@ -125,6 +125,12 @@ def check_launches():
         assert len(told) == (not launched), label
         assert launches == launched, label
 
+    made, adam = variables(), twins("Adam", learning_rate=0.25)[1]
+    adam.beta_1 = keras.Variable(0.5)  # which is trained, says PyTorch
+    expected = in_numpy(rules.Adam(lr=0.25, beta1=0.5, eps=1e-7, eps_form="hat"), "float32")
+    for one, other in zip(arrays(steps(adam, made, eager)), expected, strict=True):
+        assert_agree(one, other, "same")
+
     weight, sgd = variable(torch.tensor([2.0])), twins("SGD", learning_rate=0.5)[1]
     sgd.build([weight])
     loss = (weight.value * weight.value).sum()

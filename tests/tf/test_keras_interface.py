@@ -211,3 +211,22 @@ def test_exclusion_from_weight_decay_is_felt_at_once(label):
 
         results.append(apply_steps(optimizer, variables, change=change))
     assert_variables(results[1], results[0], "float32")
+
+
+@pytest.mark.parametrize("mode", ("eager", "function"))
+@pytest.mark.parametrize(
+    ("label", "names"),
+    [
+        ("amsgrad", ("beta_1", "weight_decay")),
+        ("nesterov", ("momentum",)),
+        ("muon", ("weight_decay",)),
+    ],
+)
+def test_a_hyperparameter_may_become_a_variable(label, names, mode):
+    results = []
+    for value in (lambda: 0.25, lambda: keras.Variable(0.25)):
+        _, ours = case(label)
+        for name in names:
+            setattr(ours, name, value())
+        results.append(apply_steps(ours, raw_variables("float32"), mode=mode))
+    assert_variables(results[1], results[0], "float32")

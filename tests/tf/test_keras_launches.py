@@ -359,14 +359,14 @@ def test_steps_on_the_same_variable_wait_for_one_another(monkeypatch):
 
     monkeypatch.setattr(cpu.Step, "run", run)
     variable, ours = tf.Variable(tf.zeros([1000])), [portopt_tf.SGD(1.0) for _ in range(2)]
-    for optimizer in ours:
-        optimizer.build([variable])
+    for each in ours:
+        each.build([variable])
 
-    def train(optimizer):
+    def train(each):
         for _ in range(20):
-            optimizer.apply([tf.ones([1000])], [variable])
+            each.apply([tf.ones([1000])], [variable])
 
-    threads = [threading.Thread(target=train, args=(o,)) for o in (ours[0], *ours)]
+    threads = [threading.Thread(target=train, args=(each,)) for each in (ours[0], *ours)]
     for thread in threads:
         thread.start()
     for thread in threads:
