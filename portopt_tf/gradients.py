@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import keras
@@ -20,9 +21,17 @@ def shape_of(variable: Any) -> Any:
 
 
 def fit(grads: Sequence[Any], shapes: Sequence[Any]) -> bool:
-    """Whether gradients are tensors of these shapes; asked once for each class of them."""
+    """Whether gradients are dense tensors of these shapes; classes are asked once each."""
     one_of_each = {type(grad): grad for grad in grads}.values()
-    return all(map(_is_tensor, one_of_each)) and [grad.shape for grad in grads] == shapes
+    return (
+        all(map(_is_tensor, one_of_each))
+        and [grad.shape for grad in grads] == shapes
+        and not (keras.backend.backend() == "torch" and any(map(_is_sparse, grads)))
+    )
+
+
+_is_sparse = attrgetter("is_sparse")
+"""Whether a tensor of PyTorch is; it has the class of others."""
 
 
 def _is_tensor(gradient: Any) -> bool:
@@ -42,6 +51,8 @@ def dense(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
     if keras.backend.backend() == "tensorflow":
         return [_dense(*pair) for pair in zip(grads, variables, strict=True)]
     tensors = [x if _is_tensor(x) else ops.convert_to_tensor(x) for x in grads]
+    if keras.backend.backend() == "torch":
+        tensors = [x.to_dense() if _is_sparse(x) else x for x in tensors]
     for tensor, variable in zip(tensors, variables, strict=True):
         if tensor.shape != variable.shape:
             raise _misshapen(tensor, variable)
@@ -52,8 +63,10 @@ def _dense(gradient: Any, variable: Any) -> Any:
     import tensorflow as tf
 
     if isinstance(gradient, tf.IndexedSlices):
-        rows = variable.shape[0]
-        gradient = tf.math.unsorted_segment_sum(gradient.values, gradient.indices, rows)
+        places, rows = gradient.indices, variable.shape[0]
+        # TensorFlow leaves out what is before the first row, and refuses what is after the last.
+        places = tf.where(places < 0, tf.cast(rows, places.dtype), places)
+        gradient = tf.math.unsorted_segment_sum(gradient.values, places, rows)
     if not _is_tensor(gradient):
         gradient = tf.convert_to_tensor(gradient)
     if not gradient.shape.is_compatible_with(variable.shape):

@@ -109,6 +109,11 @@ def check_launches():
         "empty": ([torch.ones(0, 3), torch.ones(2)], [torch.ones(0, 3), torch.ones(2)], [1]),
         "transposed": ([torch.ones(3, 2).T], [torch.ones(2, 3)], []),
         "one memory": ([base[0], base[0]], [torch.ones(4), torch.zeros(4)], []),
+        "gradient sparse": (
+            [torch.ones(3), torch.ones(3)],
+            [torch.ones(3), torch.ones(3).to_sparse()],
+            [2],
+        ),
         "half": ([torch.ones(1000)], [torch.ones(1000)], []),
     }
     for label, (values, grads, launched) in cases.items():

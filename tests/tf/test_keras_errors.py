@@ -181,6 +181,15 @@ def test_variables_that_are_no_floats_are_refused_a_gradient(dtype):
     assert [v.numpy().tolist() for v in (*variables, *optimizer.variables)] == before
 
 
+def test_a_row_before_the_first_is_refused_as_natively():
+    rows = tf.IndexedSlices(tf.ones((2, 2)), tf.constant([0, -1]), tf.constant([3, 2]))
+    for optimizer in case("sgd"):
+        table = tf.Variable(tf.ones((3, 2)))
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            optimizer.apply([rows], [table])
+        assert (table.numpy()[2] == 1).all()
+
+
 def test_state_of_another_shape_is_refused_as_natively():
     variables = raw_variables("float32")
     for optimizer in case("adam"):
