@@ -137,6 +137,7 @@ class Optimizer(keras.optimizers.Optimizer):
         }
         if rule.has_modes:
             self._train_mode = self.add_variable((), "ones", name="train_mode")
+            self._numbers["train_mode"] = self._train_mode
 
     def _first_rule(self) -> Rule:
         """The rule that slots and numbers begin with.
@@ -173,7 +174,8 @@ class Optimizer(keras.optimizers.Optimizer):
         """Put the weights to evaluate the model with in the place of those to train.
 
         They are others for the rules that average them (`Rule.has_modes`: the schedule-free ones).
-        ``fit`` does not call this: call it afterwards, and `train` before you go on.
+        ``fit`` does not call this: call it afterwards, and `train` before you go on. An eager step
+        is refused in between; a compiled one cannot be, and goes on from the weights to train.
         """
         self._switch(training=False)
 
@@ -206,6 +208,8 @@ class Optimizer(keras.optimizers.Optimizer):
         rule_class, values = self.rule_of()
         if not variant:
             values["weight_decay"] = 0.0
+        if rule_class.has_modes and _is_symbolic(self._train_mode):
+            rule_class = _in_either_mode(rule_class)
         return rule_class.unchecked(**values, lr=learning_rate)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
@@ -351,6 +355,24 @@ class Optimizer(keras.optimizers.Optimizer):
             raise kind(
                 f"`{name}` must be {error.allowed}. Received: {name}={error.value!r}"
             ) from error
+
+
+@cache
+def _in_either_mode(rule_class: type[Rule]) -> type[Rule]:
+    """The same rule, but its steps go on from the weights to train, also after `Optimizer.eval`."""
+
+    class InEitherMode(rule_class):
+        @property
+        def numbers(self) -> tuple[str, ...]:
+            return (*super().numbers, "train_mode")
+
+        def step(self, xp: Any, t: Any, param: Any, grad: Any, slot: Any) -> Any:
+            away = 1 - slot.train_mode
+            param = param + away * (self.trained(xp, param, slot) - param)
+            param, new = super().step(xp, t, param, grad, slot)
+            return param, {**new, "train_mode": slot.train_mode + away}
+
+    return InEitherMode
 
 
 def _initializer(value: Any, variable: Any = None) -> Any:

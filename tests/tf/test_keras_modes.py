@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras_runs import fit
 from support import assert_agree, gradients, weights
 
@@ -63,3 +64,29 @@ def test_variables_that_take_their_gradient_have_no_modes():
     assert scale.numpy() == 2.0 and weight.numpy() != trained
     ours.train()
     assert_agree(weight.numpy(), trained, "float32")
+
+
+@pytest.mark.parametrize("jit_compile", (False, True))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_step_goes_on_from_the_weights_to_train(name, jit_compile):
+    """As it cannot be refused in evaluation mode."""
+    results = []
+    for forgets in (False, True):
+        ours, variable = getattr(portopt_tf, name)(0.125), tf.Variable(weights(23))
+        ours.build([variable])
+        step = tf.function(
+            lambda grad, ours=ours, variable=variable: ours.apply([grad], [variable]),
+            jit_compile=jit_compile,
+        )
+        for t, grad in enumerate(gradients(23, 6)):
+            if t == 3:
+                ours.eval()
+                if not forgets:
+                    ours.train()
+            step(tf.constant(grad))
+        results += [variable.numpy()]
+        ours.eval()  # which it is no longer in
+        results += [variable.numpy()]
+    assert (results[0] != results[1]).any()
+    for actual, expected in zip(results[2:], results[:2], strict=True):
+        assert_agree(actual, expected, "float32")
