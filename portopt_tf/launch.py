@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
 import keras
@@ -62,13 +63,15 @@ class Plan:
     """The launches of a step, which serve for the next steps on the same variables.
 
     Args:
+        programs: The step's.
+        grads: The gradients, in the order of the places.
         members: The parameters.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self._programs = {member.work: member.program for member in members}
-        dtypes = {member.place: member.arrays["grad"].dtype for member in members}
-        self._grad_dtypes = [dtypes[place] for place in range(len(members))]
+    def __init__(
+        self, programs: Sequence[Program], grads: Sequence[Any], members: Sequence[Member]
+    ) -> None:
+        self._programs, self._grad_dtypes = programs, [grad.dtype for grad in grads]
         self._memory = _memory()
         self._is_possible = _is_possible(self._memory, members)
         alike: dict[tuple[int, tuple[str, ...]], list[Member]] = {}
@@ -79,10 +82,8 @@ class Plan:
 
     def fits(self, programs: Sequence[Program], grads: Sequence[Any]) -> bool:
         """Whether it is for these programs and dtypes of gradients."""
-        return (
-            all(program is self._programs[work] for work, program in enumerate(programs))
-            and [grad.dtype for grad in grads] == self._grad_dtypes
-        )
+        same = all(map(is_, programs, self._programs))
+        return same and [grad.dtype for grad in grads] == self._grad_dtypes
 
     def run(self, scalars: Sequence[Mapping[str, Any]], grads: Sequence[Any]) -> bool:
         """Update every parameter and slot, if a kernel can; whether it could.

@@ -286,18 +286,17 @@ class Optimizer(keras.optimizers.Optimizer):
             return False
         programs = [work.program for work in works]
         if group.plan is None or not group.plan.fits(programs, grads):
-            group.plan = launch.Plan(
-                [
-                    launch.Member(
-                        place,
-                        number,
-                        program,
-                        self._stored(program, grads[place], group.variables[place]),
-                    )
-                    for number, (program, _, places) in enumerate(works)
-                    for place in places
-                ]
-            )
+            members = [
+                launch.Member(
+                    place,
+                    number,
+                    program,
+                    self._stored(program, grads[place], group.variables[place]),
+                )
+                for number, (program, _, places) in enumerate(works)
+                for place in places
+            ]
+            group.plan = launch.Plan(programs, grads, members)
         return group.plan.run([work.scalars for work in works], grads)
 
     def _keep(self, program: Program, scalars: Mapping[str, Any]) -> None:
