@@ -98,6 +98,7 @@ class Program:
         array_part: Instructions on arrays, which may use the scalars.
         outputs: For ``param``, each slot, and ``grad`` if it is written, the name of its new value.
         number_outputs: The same for each of ``numbers``.
+        like_param: Whether all slots have the parameter's shape.
     """
 
     rule: str
@@ -108,6 +109,7 @@ class Program:
     outputs: tuple[tuple[str, str], ...]
     numbers: tuple[str, ...] = ()
     number_outputs: tuple[tuple[str, str], ...] = ()
+    like_param: bool = True
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -117,7 +119,7 @@ class Program:
     @cached_property
     def elementwise(self) -> bool:
         """Whether each element is updated by itself, as kernels do."""
-        return not any(line.op in WHOLE_OPS for line in self.array_part)
+        return self.like_param and not any(line.op in WHOLE_OPS for line in self.array_part)
 
     @cached_property
     def scalar_names(self) -> tuple[str, ...]:

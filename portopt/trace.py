@@ -138,13 +138,16 @@ class _Tracer:
             array_part=tuple(line.instruction() for line in lines if line.kind != "scalar"),
             outputs=tuple((slot, value.name) for slot, value in outputs.items()),
             number_outputs=tuple((name, value.name) for name, value in counts.items()),
+            like_param=all(shape == self.shape for shape in shapes.values()),
         )
         program.verify()
         return program
 
     def slots(self, hyperparameters: tuple[str, ...]) -> dict[str, Shape | None]:
         """The slots, with their shapes if the rule looks at them."""
-        shape = self.shape
+        shape, cls = self.shape, type(self.rule)
+        if shape is None and cls.slot_shapes is not Rule.slot_shapes:
+            raise TraceError(f"{cls.__name__} has slot_shapes without `by_shape = True`")
         own = self.twin.slot_shapes(shape) if shape is not None else {}
         slots = (*(self.twin.slots if shape is None else own), *self.outer.slots)
         reserved = ("t", "param", "grad", "step", *hyperparameters)

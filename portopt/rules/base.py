@@ -210,6 +210,8 @@ class Rule(Hyperparameters):
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The slots of a parameter of this shape, with their shapes: all of them, and the same.
 
+        Others, or other shapes, has only a rule that says so by `by_shape`.
+
         Raises:
             ValueError: the rule updates no parameter of this shape.
         """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from support import assert_agree, begun, gradients, numbered, weights
+from support import Rowwise, assert_agree, begun, gradients, numbered, weights
 
 from portopt import Optimizer, Rule, trace
 from portopt.rules import SGD, Adafactor, Muon, Slots
@@ -53,6 +53,18 @@ def test_every_rule_keeps_to_the_standard(by_shape):
             for t, grad in enumerate(gradients(shape, STEPS), 1):
                 param, slots = rule.step(xp, t, param, xp.asarray(grad), Slots(slots))
             assert_agree(np.asarray(param), op_by_op(rule, shape)["param"], "float32")
+
+
+def test_a_slot_of_another_shape_goes_through_no_kernel():
+    assert not trace(Rowwise(), shape=(4, 6)).elementwise
+    assert trace(Rowwise(), shape=(1, 6)).elementwise
+    param = weights((4, 6))
+    optimizer = Optimizer(Rowwise(), [param])
+    for grad in gradients((4, 6), STEPS):
+        optimizer.step([grad])
+    expected = op_by_op(Rowwise(), (4, 6))
+    assert_agree(param, expected["param"], "same")
+    assert_agree(optimizer.state[0]["row"], expected["row"], "same")
 
 
 def test_adafactor_keeps_a_row_and_a_column():
@@ -175,6 +187,12 @@ def test_only_a_rule_that_says_so_looks_at_shapes(do, words):
     update = lambda self, xp, t, param, grad, slot: (do(xp, param), {})  # noqa: E731
     with pytest.raises(TraceError, match=words):
         trace(type("Custom", (SGD,), {"update": update})())
+
+
+def test_only_a_rule_that_says_so_has_slots_of_other_shapes():
+    rule = type("Custom", (Rowwise,), {"by_shape": False})()
+    with pytest.raises(TraceError, match="Custom has slot_shapes without `by_shape = True`"):
+        trace(rule)
 
 
 def test_a_program_is_traced_once_for_a_shape():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+
+from portopt import Rule
 
 # Largest difference allowed, relative to how far the expected values moved or reach.
 TOLERANCE = {
@@ -71,3 +75,19 @@ def rounded(numbers, dtype=np.float32):
 def numbered(rule, dtype=np.float32):
     """What `Program.scalars` asks for before the first step: hyperparameters, and numbers."""
     return vars(rule) | rounded({name: rule.initial(name) for name in rule.numbers}, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rowwise(Rule):
+    """Has operations on each element alone, but a slot that is one row for a whole matrix."""
+
+    by_shape = True
+    lr: float = 0.5
+    slots = ("row",)
+
+    def slot_shapes(self, shape):
+        return {"row": (1, *shape[1:])}
+
+    def update(self, xp, t, param, grad, slot):
+        row = slot.row + 1
+        return param - self.lr * row * grad, {"row": row}

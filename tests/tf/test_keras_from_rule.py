@@ -8,7 +8,7 @@ import plugin
 import pytest
 import tensorflow as tf
 from keras_runs import assert_variables, fit, small_model
-from support import assert_agree
+from support import Rowwise, assert_agree
 
 import portopt_tf
 from portopt import rules
@@ -36,6 +36,17 @@ def test_lion_trains_as_keras_lion(jit_compile):
     native = keras.optimizers.Lion(0.0625, np.float64(0.75), np.float64(0.875))
     runs = [fit(o, jit_compile=jit_compile) for o in (native, ours)]
     assert_variables(runs[1].weights, runs[0].weights, "float64", small_model().weights)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_slot_of_another_shape_goes_through_no_kernel(compiled):
+    optimizer, variable = portopt_tf.from_rule(Rowwise)(0.5), keras.Variable(np.zeros((4, 6), "f4"))
+    optimizer.build([variable])
+    step = lambda: optimizer.apply([tf.ones((4, 6))], [variable])  # noqa: E731
+    step = tf.function(step) if compiled else step
+    for _ in range(3):
+        step()
+    assert_agree(variable.numpy(), np.full((4, 6), -0.5 * (1 + 2 + 3)), "same")
 
 
 def test_a_rule_without_a_default_learning_rate_takes_a_schedule():

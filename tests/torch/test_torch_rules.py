@@ -8,7 +8,7 @@ import numpy as np
 import plugin
 import pytest
 import torch
-from support import assert_agree
+from support import Rowwise, assert_agree
 from twins import (
     assert_params_agree,
     assert_twins_agree,
@@ -91,6 +91,13 @@ def test_a_users_rule_computes_its_formula():
             g = numbers(step[index])
             w, m = w - 1e-2 * np.sign(0.9 * m + 0.1 * g), 0.99 * m + 0.01 * g
         assert_agree(numbers(param), w, "float32", start=numbers(begin))
+
+
+def test_a_slot_of_another_shape_goes_through_no_kernel():
+    param = torch.nn.Parameter(torch.zeros(4, 6))
+    optimizer = train(from_rule(Rowwise)([param], lr=0.5), [[torch.ones(4, 6)]] * 3)
+    assert torch.equal(param, torch.full((4, 6), -0.5 * (1 + 2 + 3)))
+    assert torch.equal(optimizer.state[param]["row"], torch.full((1, 6), 3.0))
 
 
 def test_a_rule_may_hand_its_inputs_on():
