@@ -121,7 +121,7 @@ class Optimizer:
 
         Raises:
             TypeError, ValueError: a gradient is missing, unknown, or of another shape or dtype, or
-                a parameter has become read-only, or its state does not fit it, or a group's
+                a parameter or slot has become read-only, or its state does not fit it, or a group's
                 hyperparameter is not allowed, or the rule cannot be traced; nothing is changed
                 then.
             RuntimeError: after `eval`, for a rule that has other weights then.
@@ -162,6 +162,8 @@ class Optimizer:
                 program = specialized(programs[g], rules[g], self.around, param.shape)
                 state = state_of(self.state.get(name, {}), rules[g], program, param)
                 _check_state(name, state, rules[g], program, param)
+                for slot in program.slots:
+                    _check_writable(f"state[{name!r}][{slot!r}]", state[slot])
                 arrays = param, grad, *(state[slot] for slot in program.slots)
                 members.append(Member(place, g, program, state, arrays))
         return members
@@ -315,8 +317,12 @@ def _check_param(name: Name, array: Any) -> None:
     if dtype_name(array.dtype) not in STORAGE_DTYPES:
         allowed = ", ".join(STORAGE_DTYPES)
         raise TypeError(f"params[{name!r}] must have a dtype among {allowed}, got {array.dtype}")
+    _check_writable(f"params[{name!r}]", array)
+
+
+def _check_writable(what: str, array: NDArray) -> None:
     if not array.flags.writeable:
-        raise ValueError(f"params[{name!r}] must be writable, got a read-only array")
+        raise ValueError(f"{what} must be writable, got a read-only array")
 
 
 def _check_state(

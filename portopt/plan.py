@@ -200,7 +200,8 @@ class _Launch(_Batch):
         self.kept = layout.array([*param, *self.slots])
         self.kept_layout = layout.of_arrays(self.kept, moves=False)
         self.grad_layout = layout.of_arrays(layout.array(grads), moves=True)
-        self.alive = {*map(type, grads), *(grad.dtype for grad in grads)}  # as it demands
+        # As it demands. A list: dtypes may be equal, and each an object of its own.
+        self.alive = [(type(grad), grad.dtype) for grad in grads]
         sizes = [grad.size for grad in grads]
         columns = self.kept_layout.addresses.reshape(-1, len(members))
         rows = np.insert(columns, 1, self.grad_layout.addresses, axis=0).T

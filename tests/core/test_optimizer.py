@@ -345,6 +345,15 @@ def test_slots_keep_the_dtype_that_they_were_saved_with():
     assert optimizer.state["w"]["momentum_buffer"].dtype == np.float32
 
 
+def test_slots_to_load_may_be_read_only():
+    optimizer, _ = trained(Momentum())
+    saved = optimizer.state_dict()
+    for entries in saved["state"].values():
+        entries["momentum_buffer"].setflags(write=False)
+    optimizer.load_state_dict(saved)
+    optimizer.step(grads(1)[0])
+
+
 def test_the_optimizer_itself_can_be_pickled_and_copied():
     optimizer, _ = trained(Adam())
     for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):

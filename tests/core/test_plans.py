@@ -1,6 +1,7 @@
 """Steps on the arrays of the step before: as if each were the first, and made ready only once."""
 
 import gc
+import sys
 import weakref
 
 import numpy as np
@@ -192,6 +193,14 @@ def test_what_is_known_by_its_address_lives_on():
     assert own() is None
 
 
+def test_each_of_equal_dtypes_lives_on():
+    dtype = np.dtype(np.float32).newbyteorder().newbyteorder()
+    assert dtype == np.float32 and dtype is not np.dtype(np.float32)
+    optimizer, before = Optimizer(SGD(), [array(3), array(3)]), sys.getrefcount(dtype)
+    optimizer.step([array(3), array(3).view(dtype)])
+    assert optimizer._plan is not None and sys.getrefcount(dtype) > before
+
+
 def test_a_norm_beyond_float64_is_infinite():
     """Of two batches, each of which has one that is not."""
     params, grads = [np.ones(1), np.ones(1)], [np.full(1, 1.2e154), np.full(1, 1.2e154)]
@@ -212,6 +221,16 @@ def test_a_norm_beyond_float64_is_infinite():
             lambda optimizer: optimizer.state["b"].update(exp_avg=np.ones(4)),
             ValueError,
             r"state\['b'\]\['exp_avg'\] must have shape \(5,\), got \(4,\)",
+        ),
+        (
+            lambda optimizer: optimizer.state["b"].update(exp_avg=np.frombuffer(bytes(20), "f4")),
+            ValueError,
+            r"state\['b'\]\['exp_avg'\] must be writable, got a read-only array",
+        ),
+        (
+            lambda optimizer: optimizer.state["b"]["exp_avg"].setflags(write=False),
+            ValueError,
+            r"state\['b'\]\['exp_avg'\] must be writable, got a read-only array",
         ),
         (
             lambda optimizer: optimizer.state["b"].update(exp_avg=[0.0] * 5),
