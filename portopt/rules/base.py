@@ -81,6 +81,10 @@ class HyperparameterError(ValueError):
         super().__init__(f"{name} must be {allowed}, got {value!r}")
         self.name, self.value, self.allowed = name, value, allowed
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it is copied and pickled: by what it was made of, and not by its message."""
+        return type(self), (self.name, self.value, self.allowed)
+
 
 class HyperparameterTypeError(HyperparameterError, TypeError):
     """A hyperparameter has a value of a type that is not allowed."""
