@@ -105,5 +105,6 @@ class Ftrl(Rule):
         rest = -self.lr_power - halves / 2
         factors: list[Any] = [n] * (halves // 2) + [xp.sqrt(n)] * (halves % 2)
         if rest or not factors:
-            factors.append(xp.exp(rest * xp.maximum(xp.log(n), -100.0)))  # finite, also of 0
+            log = xp.log(n) if rest > 0 else xp.maximum(xp.log(n), -340.0)  # finite, also of 0
+            factors.append(xp.exp(rest * log))
         return math.prod(factors[1:], start=factors[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import doctest
 import importlib
@@ -34,6 +35,7 @@ from portopt.rules import (
     SGD,
     Adam,
     AdamW,
+    Ftrl,
     HyperparameterError,
     HyperparameterTypeError,
     Momentum,
@@ -538,6 +540,26 @@ def test_a_choice_is_not_compared_with_an_array():
 def test_options_that_exclude_one_another(options, message):
     with pytest.raises(HyperparameterError, match=f"^{message}"):
         Momentum(**options)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.01, 0.2, 0.25, 0.3, 0.5, 0.7, 1.0, 1.2])
+def test_ftrl_begins_with_nothing_accumulated(power):
+    rule = Ftrl(lr=0.5, lr_power=-power, initial_accumulator_value=0.0)
+    param, grad = np.ones(3), np.array([2.0, 1e-3, 1e-60])
+    with np.errstate(divide="ignore"):  # the logarithm of 0
+        new, _ = rule.step(np, 1, param, grad, Slots({"accumulator": 0 * grad, "linear": 0 * grad}))
+    n, before = (grad * grad) ** power, np.zeros(3) ** power
+    assert_agree(new * n / ((n - before) - 0.5 * grad), np.ones(3), "float64")
+
+
+@pytest.mark.parametrize("how", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
+@pytest.mark.parametrize("value", [-1.0, "x"])
+def test_errors_are_copied(value, how):
+    with pytest.raises(HyperparameterError) as caught:
+        Adam(lr=value)
+    again = how(caught.value)
+    assert type(again) is type(caught.value) and vars(again) == vars(caught.value)
+    assert str(again) == str(caught.value)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
