@@ -143,24 +143,25 @@ class Program:
 
         Raises:
             KeyError: a hyperparameter or number is not in ``values``.
-            ArithmeticError: a scalar is no real number: names the rule and the instruction.
+            ArithmeticError: a scalar is no real number, or an integer beyond every float: names the
+                rule and the instruction.
         """
         given = [t, *map(values.__getitem__, (*self.hyperparameters, *self.numbers))]
         if number is float:
             try:
                 found, powers = self._formulas(*given)
+                if complex not in map(type, powers):
+                    return dict(zip(self._results, map(float, found), strict=True))
             except (ArithmeticError, TypeError):
                 pass  # below it is said where
-            else:
-                if complex not in map(type, powers):
-                    return dict(zip(self._results, found, strict=True))
         env = dict(zip(("t", *self.hyperparameters, *self.numbers), given, strict=True))
         for name, op, args in self.scalar_part:
             try:
                 value = OPS[op].meaning(None, *_read(env, args))
-                env[name] = number(value) if op == "less" else value
                 if isinstance(value, complex):
                     raise ArithmeticError(f"it is {value}")
+                kept = op == "less" or (number is float and name in self._results)
+                env[name] = number(value) if kept else value
             except ArithmeticError as error:
                 line = f"{name} = {op}{tuple(_read(env, args))}"
                 raise ArithmeticError(f"{self.rule}, step {t}: {line}: {error}") from error

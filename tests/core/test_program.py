@@ -319,7 +319,7 @@ def test_scalars_by_one_function_and_one_by_one(rule, t):
     program, values = trace(rule), numbered(rule)
     found, expected = program.scalars(values, t), program.scalars(values, t, one_by_one)
     assert found == expected and [*found] == [*expected]
-    assert {*map(type, found.values())} <= {*map(type, expected.values())}
+    assert {*map(type, found.values())} <= {float}
 
 
 def test_scalars_of_every_operation():

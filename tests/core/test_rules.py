@@ -741,3 +741,18 @@ def test_a_scalar_that_is_no_real_number():
         program.scalars({**vars(Custom(lr=0.5))}, 1)
     with pytest.raises(ArithmeticError, match=r"Custom, step 2: s\d = div\(1, 0\): division"):
         program.scalars({**vars(Custom(lr=2.0))}, 2)
+
+
+def test_an_integer_beyond_every_float_changes_nothing():
+    class Custom(SGD):
+        def update(self, xp, t, param, grad, slot):
+            return xp.minimum(param - self.lr * grad, 2**t), {}
+
+    param = np.ones(2)
+    optimizer = Optimizer(Custom(lr=0.5), [param])
+    optimizer.step([param])
+    optimizer.state[0]["step"] = 1023
+    with pytest.raises(ArithmeticError, match=r"Custom, step 1024: s1 = pow\(2, 1024\): int too l"):
+        optimizer.step([param])
+    assert optimizer.state[0]["step"] == 1023
+    assert_agree(param, [0.5, 0.5], "same")
