@@ -86,7 +86,7 @@ class Optimizer:
         import jax
         import jax.numpy as jnp
 
-        _check_dtypes(params)
+        _check_dtypes("params", params)
         rule = self._rule(jnp.zeros((), "int32"))
 
         def begin(slot: str) -> Pytree:
@@ -118,7 +118,7 @@ class Optimizer:
             grads: Gradients, a pytree like ``params``.
 
         Raises:
-            TypeError: a parameter is no array of floats.
+            TypeError: a parameter, gradient or slot is no array of floats.
             ValueError: the gradients or the slots are not like the parameters.
         """
         import jax
@@ -138,10 +138,14 @@ class Optimizer:
             del old["grad"]
             return {key: new.get(key, x).astype(x.dtype) for key, x in old.items()}
 
-        by_leaf = jax.tree.map(update, *stored.values())
-        names = {name: 0 for name in ("param", *rule.slots)}
-        new = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure(names), by_leaf)
-        return new.pop("param"), State(state.count + 1, new, numbers)
+        rows = zip(*map(jax.tree.leaves, stored.values()), strict=True)
+        structure, new = jax.tree.structure(params), [update(*row) for row in rows]
+
+        def tree(name: str) -> Pytree:
+            return jax.tree.unflatten(structure, [leaf[name] for leaf in new])
+
+        slots = {slot: tree(slot) for slot in rule.slots}
+        return tree("param"), State(state.count + 1, slots, numbers)
 
     def evaluated(self, params: Pytree, state: State) -> Pytree:
         """The parameters to evaluate a model with: others than to train with for some rules.
@@ -251,7 +255,6 @@ def _stored(rule: Rule, grads: Pytree, state: State, params: Pytree) -> dict[str
     import jax
     import jax.numpy as jnp
 
-    _check_dtypes(params)
     wanted, got = [[*rule.slots], [*rule.numbers]], [[*state.slots], [*state.numbers]]
     if [*map(sorted, wanted)] != [*map(sorted, got)]:
         raise ValueError(
@@ -266,6 +269,7 @@ def _stored(rule: Rule, grads: Pytree, state: State, params: Pytree) -> dict[str
         own = jax.tree.structure(tree)
         if structure != own:
             raise ValueError(f"{what} must be a pytree like params, {structure}, got {own}")
+        _check_dtypes(what, tree)
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         for (path, leaf), param in zip(leaves, jax.tree.leaves(params), strict=True):
             shape = _shape(rule, name, param) if name in rule.slots else jnp.shape(param)
@@ -275,12 +279,12 @@ def _stored(rule: Rule, grads: Pytree, state: State, params: Pytree) -> dict[str
     return stored
 
 
-def _check_dtypes(params: Pytree) -> None:
+def _check_dtypes(what: str, tree: Pytree) -> None:
     import jax
 
-    for path, param in jax.tree_util.tree_leaves_with_path(params):
-        dtype = getattr(getattr(param, "dtype", None), "name", type(param).__name__)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = getattr(getattr(leaf, "dtype", None), "name", type(leaf).__name__)
         if dtype not in STORAGE_DTYPES:
-            where = f"params{jax.tree_util.keystr(path)}"
+            where = f"{what}{jax.tree_util.keystr(path)}"
             allowed = ", ".join(STORAGE_DTYPES)
             raise TypeError(f"{where} must be an array of dtype {allowed}, got {dtype}")

@@ -237,6 +237,16 @@ def test_nothing_is_compiled_for_a_step_or_a_learning_rate():
     assert_trees_agree(params, jax.tree.unflatten(structure, leaves), "float32", start())
 
 
+def test_no_parameters():
+    optimizer = Optimizer(rules.Adam())
+    params, state = optimizer.step({}, optimizer.init({}), {})
+    assert params == {} and state.slots == {"exp_avg": {}, "exp_avg_sq": {}} and state.count == 1
+    transformation = optax.masked(gradient_transformation(rules.Adam()), {"w": False})
+    grads = {"w": jnp.ones(2)}
+    updates, _ = transformation.update(grads, transformation.init(grads), grads)
+    assert_agree(updates["w"], grads["w"], "same")
+
+
 def test_bad_arguments():
     with pytest.raises(TypeError, match=r"rule must be a portopt\.Rule"):
         Optimizer(rules.Adam)
@@ -255,6 +265,12 @@ def test_bad_arguments():
         transformation.update([params["w"]], state, params)
     with pytest.raises(ValueError, match=r"grads\['w'\] must have shape \(2, 3\), got \(3, 2\)"):
         transformation.update({"w": jnp.zeros((3, 2))}, state, params)
+    for wrong in (1.0, jnp.ones((2, 3), "int32"), jnp.ones((2, 3), "complex64")):
+        with pytest.raises(TypeError, match=r"grads\['w'\] must be an array of dtype .*got "):
+            transformation.update({"w": wrong}, state, params)
+    slots = {slot: {"w": jnp.ones((2, 3), "int32")} for slot in state.slots}
+    with pytest.raises(TypeError, match=r"state.slots\['exp_avg'\]\['w'\] must be an array of"):
+        transformation.update(params, state._replace(slots=slots), params)
     with pytest.raises(ValueError, match=r"state must have the slots \['exp_avg', 'exp_avg_sq'\]"):
         transformation.update(params, state._replace(slots={}), params)
 
