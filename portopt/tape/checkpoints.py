@@ -101,7 +101,9 @@ def _forward(segment: Sequence[Step], start: Variable) -> tuple[Variable, dict[V
     """Return the value of a segment, and the variables from outside that it reads."""
     inner, end = _record(segment, start)
     computed = {start, *(operation.output for operation in inner.operations)}
-    read = (variable for operation in inner.operations for variable in operation.inputs)
+    read = [variable for operation in inner.operations for variable in operation.inputs]
+    if end.requires_grad:  # which a function may have returned as it found it
+        read.append(end)
     return end, dict.fromkeys(variable for variable in read if variable not in computed)
 
 

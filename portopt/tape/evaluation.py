@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,8 @@ def trace(autograd: Autograd, loss: Variable, names: Mapping[str, Variable] | No
     """Walk back from `loss`, and return what happened, line by line.
 
     An operation is called v1, v2, ... in the order of evaluation, an input without a name u1, u2,
-    ... Only what `loss` depends on is shown. No buffer is changed; hooks are called.
+    ..., by names that are not given to another. Only what `loss` depends on is shown. No buffer is
+    changed; hooks are called.
 
     Args:
         autograd: the tape that recorded `loss`.
@@ -114,12 +116,17 @@ def trace(autograd: Autograd, loss: Variable, names: Mapping[str, Variable] | No
         for operation in autograd.walk(loss, slots)
     ]
     visited.reverse()
-    computed = {operation.output: f"v{n}" for n, (operation, _) in enumerate(visited, 1)}
+    computed = dict.fromkeys(operation.output for operation, _ in visited)
     operands = (operand for operation, _ in visited for operand in operation.operands)
     variables = dict.fromkeys(v for v in operands if isinstance(v, Variable))
     leaves = [variable for variable in variables if variable not in computed]
-    labels = computed | {leaf: f"u{n}" for n, leaf in enumerate(leaves, 1)}
-    labels |= {variable: name for name, variable in (names or {}).items()}
+    given = {variable: name for name, variable in (names or {}).items()}
+
+    def numbered(letter: str, variables: Iterable[Variable]) -> dict[Variable, str]:
+        free = (f"{letter}{n}" for n in count(1) if f"{letter}{n}" not in given.values())
+        return dict(zip(variables, free, strict=False))
+
+    labels = numbered("v", computed) | numbered("u", leaves) | given
 
     def label(operand: Any) -> str:
         return labels[operand] if isinstance(operand, Variable) else shown(operand)

@@ -89,8 +89,8 @@ def pow(a: Array, b: Array, /) -> Result:
     value = a**b
 
     def grad_a(g: Array) -> Array:
-        lower = np.where(np.equal(b, 0), 1, np.subtract(b, 1)).astype(g.dtype)
-        return unbroadcast(g * b * a**lower, a)
+        base = np.where(np.equal(b, 0), 1, a)
+        return unbroadcast(g * b * base ** np.subtract(b, 1).astype(g.dtype), a)
 
     def grad_b(g: Array) -> Array:
         base = np.where(np.equal(a, 0) & np.greater_equal(b, 0), 1, a)

@@ -106,6 +106,13 @@ def test_a_function_may_return_what_it_was_given_a_parameter_or_a_constant(place
         assert results[0] == results[1]
 
 
+def test_a_chain_that_returns_a_parameter_and_computes_nothing():
+    frozen, w = tape.Variable(3.0, requires_grad=False), tape.Variable(2.0)
+    with tape.Autograd() as autograd:
+        loss = tape.checkpoint([lambda h: w], frozen) * 4.0
+    assert loss.requires_grad and autograd.gradients(loss, w) == 4.0
+
+
 def test_segments_that_no_gradient_reaches_are_not_computed_again():
     chain = Chain()
     functions = chain.steps(100)

@@ -227,6 +227,13 @@ def test_agrees_with_torch_at_ties_kinks_and_extremes(name, index, values):
     agree_with_torch(CASES[name][index], [np.array(value) for value in values])
 
 
+def test_the_power_0_has_no_gradient_anywhere():
+    x = tape.Variable([np.inf, -np.inf, np.nan, 0.0, 2.0])
+    with tape.Autograd() as autograd:
+        loss = tape.sum(x**0)
+    np.testing.assert_array_equal(autograd.gradients(loss, x), np.zeros(5))
+
+
 @pytest.mark.parametrize(("case", "shapes"), RUNS)
 def test_float32_stays_float32(case, shapes):
     values = [value.astype(np.float32) for value in case.values(shapes)]

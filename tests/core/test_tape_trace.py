@@ -50,6 +50,14 @@ v3    pow(v2, 2)  256    32                 1        v2: 32"""
     assert autograd.buffer.variables() == ()
 
 
+def test_a_name_that_is_given_is_not_made_up_again():
+    x1, x2 = tape.Variable(2.0), tape.Variable(5.0)
+    with tape.Autograd() as autograd:
+        y = tape.log(x1) + x1 * x2
+    nodes = [line.node for line in tape.trace(autograd, y, {"v2": x1}).lines]
+    assert nodes == ["v2", "u2", "v1", "v3", "v4"]
+
+
 def test_of_arrays_shapes_are_printed_and_local_derivatives_are_whole():
     a, b = np.arange(6.0).reshape(2, 3), np.arange(1.0, 4.0)
     x = tape.Variable(a)
