@@ -176,25 +176,37 @@ class Optimizer:
         """Put the weights to evaluate the model with in the place of those to train.
 
         They are others for the rules that average them (`Rule.has_modes`: the schedule-free ones).
+
+        Raises:
+            TypeError, ValueError: a parameter has become read-only, or a group's hyperparameter is
+                not allowed; nothing is changed then.
         """
         self._switch(training=False)
 
     def train(self) -> None:
-        """Undo `eval`, to go on training."""
+        """Undo `eval`, to go on training.
+
+        Raises:
+            TypeError, ValueError: as for `eval`.
+        """
         self._switch(training=True)
 
     def _switch(self, *, training: bool) -> None:
         if training == self.training:
             return
-        self.training = training
+        new: list[tuple[NDArray, Any]] = []
         for group in self.param_groups:
             rule = self._rule(_hyper(group))
             for name, param in group["params"].items():
                 if rule.has_modes and name in self.state:
+                    _check_param(name, param)
                     dtype = np.dtype(compute_dtype(param.dtype.name))
                     slots = {k: np.asarray(x, dtype) for k, x in self.state[name].items()}
                     to = rule.trained if training else rule.evaluated
-                    param[...] = to(cast(Namespace, np), param.astype(dtype), Slots(slots))
+                    new.append((param, to(cast(Namespace, np), param.astype(dtype), Slots(slots))))
+        for param, value in new:
+            param[...] = value
+        self.training = training
 
     def _check_training(self) -> None:
         if not self.training and self.rule.has_modes:
@@ -229,7 +241,10 @@ class Optimizer:
         Raises:
             ValueError: it does not fit: other groups, names, slots or shapes; nothing is changed.
             TypeError: hyperparameters or slots of a wrong type; nothing is changed.
+            RuntimeError: after `eval`, for a rule that has other weights then, as `train` would
+                move the restored ones.
         """
+        self._check_training()
         self._check_form(state_dict)
         names = [list(group["params"]) for group in self.param_groups]
         saved = [list(group["params"]) for group in state_dict["param_groups"]]

@@ -56,7 +56,27 @@ def test_in_evaluation_nothing_is_trained_or_saved(rule):
         optimizer.step([np.ones(23)])
     with pytest.raises(RuntimeError, match=r"those of eval\(\): call train\(\) first"):
         optimizer.state_dict()
+    with pytest.raises(RuntimeError, match=r"those of eval\(\): call train\(\) first"):
+        optimizer.load_state_dict(trained(rule)[0].state_dict())
     assert_agree(param, before, "same")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_switch_that_fails_changes_nothing(there):
+    params = [weights(5), weights(5)]
+    optimizer = Optimizer(RULES[0], params)
+    for _ in range(3):
+        optimizer.step([np.ones(5, np.float32)] * 2)
+    switch, back = (optimizer.eval, optimizer.train) if there else (optimizer.train, optimizer.eval)
+    back()
+    before = params[0].copy()
+    params[1].setflags(write=False)
+    with pytest.raises(ValueError, match=r"params\[1\] must be writable"):
+        switch()
+    assert_agree(params[0], before, "same")
+    params[1].setflags(write=True)
+    switch()
+    assert np.any(params[0] != before)
 
 
 def test_other_rules_have_one_set_of_weights():
