@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 
 from portopt.arrays import STORAGE_DTYPES, Namespace, compute_dtype
-from portopt.plan import Member, Name, NDArray, Plan, dtype_name, state_of
+from portopt.plan import Member, Name, NDArray, Places, Plan, dtype_name, state_of
 from portopt.program import Program
 from portopt.rules import Around, Rule
 from portopt.rules.base import Slots
@@ -117,11 +117,14 @@ class Optimizer:
         Args:
             grads: A gradient for each parameter, of its shape and dtype, or None to leave the
                 parameter and its slots alone: a sequence in the order of the parameters, or a dict
-                by name.
+                by name. One may be its own parameter, but else shares no memory with one; with
+                `Around.zero_grad` neither that, nor with another gradient.
 
         Raises:
             TypeError, ValueError: a gradient is missing, unknown, or of another shape or dtype, or
-                a parameter or slot has become read-only, or its state does not fit it, or a group's
+                a parameter shares memory with another, or a gradient as it may not (as long as only
+                gradients move, this is not looked for again, but for equal ones to be zeroed), or a
+                parameter or slot has become read-only, or its state does not fit it, or a group's
                 hyperparameter is not allowed, or the rule cannot be traced; nothing is changed
                 then.
             RuntimeError: after `eval`, for a rule that has other weights then.
@@ -299,7 +302,8 @@ class Optimizer:
         return [grads[name] for name in names]
 
     def _check_grads(self, grads: Sequence[Any]) -> None:
-        for (name, param), grad in zip(self._arrays().items(), grads, strict=True):
+        params = self._arrays()
+        for (name, param), grad in zip(params.items(), grads, strict=True):
             if grad is None:
                 continue
             if not isinstance(grad, np.ndarray):
@@ -312,6 +316,26 @@ class Optimizer:
             if self.around.zero_grad and not grad.flags.writeable:
                 raise ValueError(f"grads[{name!r}] must be writable for zero_grad, is read-only")
             _check_param(name, param)
+        self._check_places({k: x for k, x in zip(params, grads, strict=True) if x is not None})
+
+    def _check_places(self, grads: Mapping[Name, NDArray]) -> None:
+        arrays, zero_grad = self._arrays(), self.around.zero_grad
+        params = {name: arrays[name] for name in grads}
+        of_params, of_grads = Places(params), Places(grads if zero_grad else {})
+        for name, grad in grads.items():
+            other = of_params.sharing(params[name], but=name)
+            if other is not None:
+                raise ValueError(f"params[{name!r}] shares memory with params[{other!r}]")
+            own = name if grad is params[name] and not zero_grad else None
+            other = of_params.sharing(grad, but=own)
+            if other is not None:
+                raise ValueError(f"grads[{name!r}] shares memory with params[{other!r}]: copy it")
+            other = of_grads.sharing(grad, but=name)
+            if other is not None:
+                raise ValueError(
+                    "with zero_grad no gradient may be that of two parameters: "
+                    f"grads[{name!r}] shares memory with grads[{other!r}]"
+                )
 
 
 def _values(rule: Rule) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property, partial
-from itertools import chain
+from itertools import accumulate, chain
 from operator import is_
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.array_utils import byte_bounds
 
 from portopt.arrays import Namespace, compute_dtype
 from portopt.kernels import slow
@@ -75,6 +77,8 @@ class Plan:
         self._launches = [_Launch(*key, some) for key, some in kernels.items()]
         self._batches = [*self._launches, *(_Batch(*key, some) for key, some in others.items())]
         self.lasts = not others
+        zeroes = any("grad" in dict(program.outputs) for program in programs)
+        self._may_zero_twice = zeroes and len(members) > 1
 
     def fits(
         self,
@@ -99,7 +103,14 @@ class Plan:
             and all(map(is_, map(state.get, self._states), self._states.values()))
             and all(grads[place] is None for place in self._idle)
             and all(launch.fits(grads) for launch in self._launches)
+            and not (self._may_zero_twice and self._has_one_twice())
         )
+
+    def _has_one_twice(self) -> bool:
+        """Whether two gradients begin at one place."""
+        each = [launch.grad_layout.addresses for launch in self._launches]
+        found = np.sort(np.concatenate(each))
+        return bool((found[1:] == found[:-1]).any())
 
     def grad_norm(self) -> float:
         """The 2-norm of all gradients together."""
@@ -243,6 +254,32 @@ def listed(groups: Sequence[Mapping[str, Any]]) -> tuple[list[list[Name]], list[
     """For each group the names of its parameters; and all parameters."""
     each = [group["params"] for group in groups]
     return [*map(list, each)], [*chain.from_iterable(some.values() for some in each)]
+
+
+class Places:
+    """Where arrays lie, to find those that share memory.
+
+    Args:
+        arrays: The arrays by name.
+    """
+
+    def __init__(self, arrays: Mapping[Name, NDArray]) -> None:
+        self._arrays = arrays
+        bounds = {name: byte_bounds(array) for name, array in arrays.items()}
+        self._names = sorted(bounds, key=bounds.__getitem__)
+        self._begins = [bounds[name][0] for name in self._names]
+        self._ends = [*accumulate((bounds[name][1] for name in self._names), max)]
+
+    def sharing(self, array: NDArray, but: Name | None) -> Name | None:
+        """The name of one, ``but`` that, which shares memory with ``array``; None if none does."""
+        begin, end = byte_bounds(array)
+        place = bisect_left(self._begins, end) - 1
+        while place >= 0 and self._ends[place] > begin:
+            name = self._names[place]
+            if name != but and np.shares_memory(array, self._arrays[name]):
+                return name
+            place -= 1
+        return None
 
 
 def state_of(entries: Mapping[str, Any], rule: Rule, program: Program, param: NDArray) -> State:

@@ -13,7 +13,8 @@ import pytest
 from support import assert_agree, begun, gradients, weights
 
 import portopt.optimizer
-from portopt import Optimizer, Rule, TraceError, trace
+from portopt import Around, Optimizer, Rule, TraceError, trace
+from portopt.kernels import slow
 from portopt.rules import SGD, Adam, HyperparameterError, Momentum, RMSprop, Slots
 
 SHAPES = {"w": (4, 5), "b": (5,), "scale": ()}
@@ -431,6 +432,59 @@ def test_a_group_that_is_refused_is_not_added(group):
 def test_a_rule_must_be_a_rule(given):
     with pytest.raises(TypeError, match=r"rule must be a portopt.Rule, such as rules.Adam"):
         Optimizer(given, [np.ones(2)])
+
+
+def test_parameters_may_lie_between_one_another():
+    buffer = np.zeros(8)
+    params = [buffer[::2], buffer[1::2], buffer[3:3]]
+    with pytest.warns(UserWarning, match="has gaps in its memory"):
+        slow.warn.cache_clear()
+        Optimizer(SGD(lr=1.0), params).step([np.ones(4), np.full(4, 2.0), np.ones(0)])
+    assert_agree(buffer, [-1.0, -2.0] * 4, "same")
+
+
+@pytest.mark.parametrize(
+    "places", [([0, 1], [0, 1]), ([0, 2], [1, 3]), ([0, 8, 2], [1, 8, 2], [4, 5])], ids=str
+)
+def test_parameters_share_no_memory(places):
+    buffer = np.zeros(8)
+    params = [buffer[slice(*place)] for place in places]
+    optimizer = Optimizer(SGD(lr=1.0), [{"params": [param]} for param in params])
+    with pytest.raises(ValueError, match=r"^params.0. shares memory with params.\d."):
+        optimizer.step([np.ones(param.shape) for param in params])
+    optimizer.step([np.ones(params[0].shape), *[None for _ in params[1:]]])
+    assert_agree(params[0], -np.ones(params[0].shape), "same")
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (lambda a, b: {"a": b, "b": np.ones(4)}, "grads.'a'. shares memory with params.'b'.: copy"),
+        (lambda a, b: {"a": np.ones(4), "b": a[::-1]}, "grads.'b'. shares memory with params.'a'."),
+        (lambda a, b: {"a": a.base[1:5], "b": None}, "grads.'a'. shares memory with params.'a'."),
+    ],
+)
+def test_gradients_share_no_memory_with_parameters(place, words):
+    buffer = np.arange(10.0)
+    a, b = buffer[:4], buffer[6:]
+    optimizer, before = Optimizer(SGD(lr=0.5), {"a": a, "b": b}), buffer.copy()
+    with pytest.raises(ValueError, match=f"^{words}"):
+        optimizer.step(place(a, b))
+    assert_agree(buffer, before, "same")
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "repeated"])
+@pytest.mark.parametrize("share", [lambda x: x, lambda x: x[:]])
+def test_gradients_to_be_zeroed_share_no_memory(share, first):
+    params, grad = [np.zeros(3), np.zeros(3)], np.ones(3)
+    optimizer = Optimizer(SGD(lr=1.0), params, around=Around(zero_grad=True))
+    if not first:
+        optimizer.step([np.zeros(3), np.zeros(3)])
+    with pytest.raises(ValueError, match="with zero_grad no gradient may be that of two param"):
+        optimizer.step([grad, share(grad)])
+    with pytest.raises(ValueError, match=r"grads.0. shares memory with params.0.: copy it"):
+        Optimizer(SGD(), params, around=Around(zero_grad=True)).step([params[0], grad])
+    assert_agree(np.stack([*params, grad - 1]), np.zeros((3, 3)), "same")
 
 
 def spoiled_grads(**changes):
