@@ -121,7 +121,7 @@ def kernel(addresses, stride, spans, sums):
     tl.store(sums + tl.program_id(0), tl.sum(total))
 """
 
-_WORDS = frozenset(re.findall(r"\w+", _COMMON + _UPDATE))
+_WORDS = frozenset(re.findall(r"\w+", _COMMON + _UPDATE)) | {"float", "scalars"}  # of `source`
 
 
 def source(program: Program, storage: Sequence[str]) -> str:

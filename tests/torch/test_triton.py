@@ -1,5 +1,6 @@
 """The CUDA printer: its kernels in Triton's interpreter against NumPy, and their machine code."""
 
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,7 @@ class Operations(Rule):
     """
 
     lr: float = 0.3
+    scalars: float = -2.0
     tl: float = -2.0
 
     @property
@@ -50,13 +52,14 @@ class Operations(Rule):
         return ("mask", "lanes", "start")
 
     def update(self, xp, t, param, grad, slot):
-        i = xp.where(grad < self.lr, slot.mask, 1.5)
-        range = xp.where(grad > 0.5, self.tl, -grad)
-        number = xp.maximum(grad, 0.0) + xp.minimum(self.tl, grad)
+        i = xp.sqrt(slot.start)
+        float = xp.where(grad < self.lr, slot.mask, 1.5)
+        range = xp.where(grad > 0.5, self.scalars, -grad)
+        number = xp.maximum(grad, 0.0) + xp.minimum(xp.minimum(self.tl, grad), math.inf)
         mask_at = xp.maximum(param, grad) - xp.minimum(param, grad)
         β = 0.1 / param + abs(grad) / slot.lanes
         param_ = xp.sign(grad) * (1e-3 - grad)
-        new = {"mask": i + range, "lanes": number * mask_at, "start": xp.sqrt(slot.start) + β}
+        new = {"mask": float + range, "lanes": number * mask_at, "start": i + β}
         return param - param_, new
 
 
