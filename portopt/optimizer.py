@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -109,7 +109,7 @@ class Optimizer:
         rule = self._rule(hyper)
         for array in named.values():
             rule.slot_shapes(array.shape)  # whether it takes such a parameter
-        self.param_groups.append({"params": named, **_values(rule)})
+        self.param_groups.append({"params": named, **rule.values()})
 
     def step(self, grads: Sequence[NDArray | None] | Mapping[str, NDArray | None]) -> None:
         """Update every parameter that has a gradient.
@@ -266,14 +266,14 @@ class Optimizer:
             for name, entries in state_dict["state"].items()
         }
         for group, rule in zip(self.param_groups, rules, strict=True):
-            group.update(_values(rule))
+            group.update(rule.values())
 
     def _check_form(self, state_dict: Any) -> None:
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
             got = list(state_dict) if isinstance(state_dict, Mapping) else state_dict
             raise TypeError(f'state_dict must be a dict with "state" and "param_groups", got {got}')
         for place, group in enumerate(state_dict["param_groups"]):
-            wanted = ["params", *_values(self.rule)]
+            wanted = ["params", *self.rule.values()]
             if not isinstance(group, Mapping) or set(group) != set(wanted):
                 got = list(group) if isinstance(group, Mapping) else group
                 raise ValueError(f"param_groups[{place}] must have {wanted}, got {got}")
@@ -282,7 +282,7 @@ class Optimizer:
         return {k: array for group in self.param_groups for k, array in group["params"].items()}
 
     def _rule(self, hyper: Mapping[str, Any]) -> Rule:
-        known = _values(self.rule)
+        known = self.rule.values()
         unknown = [key for key in hyper if key not in known]
         if unknown:
             raise TypeError(
@@ -336,10 +336,6 @@ class Optimizer:
                     "with zero_grad no gradient may be that of two parameters: "
                     f"grads[{name!r}] shares memory with grads[{other!r}]"
                 )
-
-
-def _values(rule: Rule) -> dict[str, Any]:
-    return {field.name: getattr(rule, field.name) for field in fields(rule)}
 
 
 def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -169,6 +169,8 @@ class _Batch:
             kinds, self.which = [*places], [*map(places.__getitem__, keys)]
         self.scalars, self.new = [], []
         for group, step, *numbers in kinds:
+            if step < 0:  # by somebody else: else the state has been looked at
+                raise TypeError(f"a state's 'step' must be an int of at least 0, got {step!r}")
             named = dict(zip(self.program.numbers, numbers, strict=True))
             scalars = self.program.scalars({**values[group], **named}, step + 1)
             self.scalars.append(scalars)

@@ -149,11 +149,16 @@ class _Tracer:
         if shape is None and cls.slot_shapes is not Rule.slot_shapes:
             raise TraceError(f"{cls.__name__} has slot_shapes without `by_shape = True`")
         own = self.twin.slot_shapes(shape) if shape is not None else {}
-        slots = (*(self.twin.slots if shape is None else own), *self.outer.slots)
+        kept = self.twin.slots if shape is None else own
+        for what, some in (("slots", kept), ("numbers", self.twin.numbers)):
+            if isinstance(some, str) or not all(isinstance(name, str) for name in some):
+                raise TraceError(f"{cls.__name__}.{what} must be a tuple of names, got {some!r}")
+        slots = (*kept, *self.outer.slots)
         reserved = ("t", "param", "grad", "step", *hyperparameters)
         names = (*slots, *self.twin.numbers)
         for place, slot in enumerate(names):
-            if not slot.isidentifier() or slot in (*reserved, *names[:place]):
+            allowed = slot.isidentifier() and not iskeyword(slot)
+            if not allowed or slot in (*reserved, *names[:place]):
                 raise self.fail(
                     f"has a slot named {slot!r}: each needs a name of its own, an identifier other "
                     f"than {', '.join(reserved)}"
@@ -172,10 +177,11 @@ class _Tracer:
             raise self.fail(f"must return the slots {kept}, returned {list(result[1])}")
         outputs = {"param": result[0], **{name: result[1][name] for name in written}}
         counts = {name: result[1][name] for name in numbers}
-        for kind, values in (("an array", outputs), ("a scalar", counts)):
+        made = "a scalar made of t, hyperparameters or numbers"
+        for kind, what, values in (("array", "an array", outputs), ("scalar", made, counts)):
             for name, value in values.items():
-                if not isinstance(value, Symbol) or value.kind not in kind.split():
-                    raise self.fail(f"must return {kind} for {name}, returned {value!r}")
+                if not isinstance(value, Symbol) or value.kind != kind:
+                    raise self.fail(f"must return {what} for {name}, returned {value!r}")
                 if not value.op:  # an input as it is: it would be overwritten before it is read
                     values[name] = value * 1
         return outputs, counts

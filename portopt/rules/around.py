@@ -49,7 +49,8 @@ class Around(Hyperparameters):
             default: any.
         clip_norm: The largest 2-norm of all gradients together, in [0, inf); 0.0, the default: any.
         skip_nonfinite: Change nothing but, with ``zero_grad``, the gradients, and count no step,
-            where a gradient has a NaN or an Inf. False by default.
+            where a gradient has a NaN or an Inf. So it is where the sum of all squares overflows in
+            float64, as with float64 gradients beyond 1e154. False by default.
         ema_decay: Decay of the weights' average, in [0, 1); 0.0, the default: keep none.
         zero_grad: Leave zeros in the gradients. False by default.
 

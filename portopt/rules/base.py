@@ -162,6 +162,10 @@ class Hyperparameters(abc.ABC):  # noqa: B024 (what derives from it may be abstr
                 found[field.name] = field.default_factory()
         return found
 
+    def values(self) -> dict[str, Any]:
+        """The fields that can be given, with their values."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+
     @classmethod
     def unchecked(cls, **values: Any) -> Self:
         """One of any values: symbols, 0-d arrays, a schedule's next value."""
@@ -263,10 +267,11 @@ class Rule(Hyperparameters):
 
 
 def presets(rule: Rule | type[Rule]) -> tuple[type[Rule], dict[str, Any]]:
-    """A rule's class, and the values of its fields: of a class, those that have a default."""
+    """A rule's class, and what can be given to it: of a class, the defaults, else its values."""
     if isinstance(rule, type):
-        return rule, rule.defaults()
-    return type(rule), {field.name: getattr(rule, field.name) for field in fields(rule)}
+        given = {field.name for field in fields(rule) if field.init}
+        return rule, {name: value for name, value in rule.defaults().items() if name in given}
+    return type(rule), rule.values()
 
 
 def ema(old: Array, new: Array, decay: float) -> Array:
@@ -307,7 +312,14 @@ class _Field(NamedTuple):
 
 @cache
 def _fields(cls: type[Hyperparameters]) -> dict[str, _Field]:
-    hints = get_type_hints(cls, include_extras=True)
+    try:
+        hints = get_type_hints(cls, include_extras=True)
+    except NameError as error:  # an annotation that is text is read in the module
+        named = next((f.name for f in fields(cls) if str(error.name) in str(f.type)), "a variable")
+        raise TypeError(
+            f"{cls.__name__}.{named}: its type has the name {error.name!r}, which must be one of "
+            f"the module {cls.__module__}"
+        ) from error
     table: dict[str, _Field] = {}
     bases = [base for base in cls.__mro__[1:] if issubclass(base, Hyperparameters)]
     for field in fields(cls):

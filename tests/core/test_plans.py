@@ -201,6 +201,15 @@ def test_each_of_equal_dtypes_lives_on():
     assert optimizer._plan is not None and sys.getrefcount(dtype) > before
 
 
+def test_a_step_that_has_become_negative_is_refused():
+    ours, rng = optimizer_of(Adam()), np.random.default_rng(1)
+    ours.step(grads_of(ours, rng))
+    ours.state["b"]["step"] = -5
+    with pytest.raises(TypeError, match="'step' must be an int of at least 0, got -5"):
+        ours.step(grads_of(ours, rng))
+    assert ours.state["a"]["step"] == 1
+
+
 def test_a_norm_beyond_float64_is_infinite():
     """Of two batches, each of which has one that is not."""
     params, grads = [np.ones(1), np.ones(1)], [np.full(1, 1.2e154), np.full(1, 1.2e154)]

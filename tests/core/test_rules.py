@@ -42,6 +42,7 @@ from portopt.rules import (
     RMSprop,
     Slots,
 )
+from portopt.rules.base import presets
 from portopt.rules.schedule_free import ScheduleFree
 
 SIZE, STEPS = 23, 5
@@ -718,6 +719,37 @@ def test_a_bare_float_keeps_the_range_of_the_field_it_redeclares():
     )
     with pytest.raises(ValueError, match=r"lr must be in \[0, inf\), got -1"):
         cls(lr=-1)
+
+
+def test_a_type_that_is_not_known_in_its_module_is_named():
+    Unit = Annotated[float, portopt.rules.Interval("[0, 1]")]  # noqa: N806
+
+    @dataclass(frozen=True, kw_only=True)
+    class Custom(SGD):
+        scale: Unit = 0.5
+
+    with pytest.raises(TypeError, match=r"^Custom.scale: its type has the name 'Unit', which must"):
+        Custom()
+
+
+def test_a_field_that_cannot_be_given():
+    @dataclass(frozen=True, kw_only=True)
+    class Half(Rule):
+        lr: float = 1.0
+        half: float = dataclasses.field(init=False, default=0.5)
+
+        def update(self, xp, t, param, grad, slot):
+            return param - self.half * self.lr * grad, {}
+
+    param = np.ones(2)
+    optimizer = Optimizer(Half(), [param])
+    optimizer.param_groups[0]["lr"] = 2.0
+    optimizer.step([np.ones(2)])
+    assert_agree(param, np.zeros(2), "same")
+    given = ["lr", "weight_decay", "decoupled", "maximize"]
+    assert sorted(optimizer.param_groups[0]) == sorted([*given, "params"])
+    for rule in (Half, Half()):
+        assert sorted(presets(rule)[1]) == sorted(given)
 
 
 def test_a_default_factory_is_a_default():

@@ -588,6 +588,10 @@ class Refused:
     def slot_with_a_space(self, xp, t, param, grad, slot):
         return param, {"the mean": grad}
 
+    @fails("has a slot named 'lambda'", ("lambda",))
+    def slot_named_by_a_keyword(self, xp, t, param, grad, slot):
+        return param, {"lambda": grad}
+
 
 REFUSED = dict(inspect.getmembers(Refused, inspect.isfunction))
 
@@ -600,6 +604,22 @@ def test_refusals(name):
         with pytest.raises(TraceError, match=update.words) as caught:
             trace(rule)
         assert str(caught.value).startswith("Custom.update ")
+
+
+@pytest.mark.parametrize("slots", ["exp_avg", (None,), ["b", 1]])
+@pytest.mark.parametrize("what", ["slots", "numbers"])
+def test_slots_and_numbers_are_names(what, slots):
+    rule = rule_of(lambda self, xp, t, param, grad, slot: (param, {}), **{what: slots})()
+    with pytest.raises(TraceError, match=f"^Custom.{what} must be a tuple of names, got "):
+        trace(rule)
+
+
+def test_a_number_is_made_of_scalars():
+    for wrong, shown in ((lambda grad: grad, "grad"), (lambda grad: 1.0, "1.0")):
+        update = lambda self, xp, t, param, grad, slot: (param, {"n": wrong(grad)})  # noqa: B023, E731
+        words = f"a scalar made of t, hyperparameters or numbers for n, returned {shown}"
+        with pytest.raises(TraceError, match=words):
+            trace(rule_of(update, slots=(), numbers=("n",))())
 
 
 @pytest.mark.parametrize("name", ["t", "param", "grad"])
