@@ -16,7 +16,10 @@ FUNCTIONS = (
 )
 """The functions of a namespace that a rule may call, besides the operators of an array."""
 
-STORAGE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+"""The bytes of an element of each of `STORAGE_DTYPES`."""
+
+STORAGE_DTYPES = (*SIZES,)
 """The dtypes that parameters, gradients and slots may have."""
 
 Operand: TypeAlias = "Array | float"

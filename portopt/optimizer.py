@@ -270,13 +270,12 @@ class Optimizer:
 
     def _check_form(self, state_dict: Any) -> None:
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-            got = list(state_dict) if isinstance(state_dict, Mapping) else state_dict
+            got = _shown(state_dict)
             raise TypeError(f'state_dict must be a dict with "state" and "param_groups", got {got}')
         for place, group in enumerate(state_dict["param_groups"]):
             wanted = ["params", *self.rule.values()]
             if not isinstance(group, Mapping) or set(group) != set(wanted):
-                got = list(group) if isinstance(group, Mapping) else group
-                raise ValueError(f"param_groups[{place}] must have {wanted}, got {got}")
+                raise ValueError(f"param_groups[{place}] must have {wanted}, got {_shown(group)}")
 
     def _arrays(self) -> dict[Name, NDArray]:
         return {k: array for group in self.param_groups for k, array in group["params"].items()}
@@ -342,6 +341,10 @@ def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
+def _shown(given: Any) -> Any:
+    return list(given) if isinstance(given, Mapping) else given
+
+
 def _copy(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.copy("K") if isinstance(v, np.ndarray) else v for k, v in entries.items()}
 
@@ -366,7 +369,7 @@ def _check_state(
     shapes = rule.slot_shapes(param.shape)
     slots = [*program.numbers, *program.slots]
     if not isinstance(entries, Mapping) or set(entries) != {"step", *slots}:
-        got = list(entries) if isinstance(entries, Mapping) else entries
+        got = _shown(entries)
         raise ValueError(f"state[{name!r}] must have step and the slots {slots}, got {got}")
     step = entries["step"]
     if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:

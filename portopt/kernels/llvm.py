@@ -14,7 +14,7 @@ from functools import cache
 
 import numpy as np
 
-from portopt.arrays import compute_dtype
+from portopt.arrays import SIZES, compute_dtype
 from portopt.kernels import pool
 from portopt.program import Operand, Program
 
@@ -96,7 +96,6 @@ end:
 br i1 %more, label %begin, label %given"""
 
 _TYPES = {"float16": "half", "bfloat16": "i16", "float32": "float", "float64": "double"}
-_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _LINE = 64  # bytes of a cache line
 _AHEAD = 64  # elements from the one at work to the one being fetched
 
@@ -124,7 +123,7 @@ def kernel(program: Program, storage: tuple[str, ...]) -> str:
     """
     dtypes = dict(zip(program.operands, storage, strict=True))
     compute = compute_dtype(storage[0])
-    width = _LINE // _SIZES[compute]
+    width = _LINE // SIZES[compute]
     written = dict(program.outputs)
     wide, last = _Vector("wide", width, compute), _Vector("last", 1, compute)
 
@@ -262,7 +261,7 @@ class _Vector:
         self.loop, self.width, self.compute = loop, width, compute
         self.type = self.of(_TYPES[compute])
         self.mask = self.of("i1")
-        self.suffix = f"v{width}f{8 * _SIZES[compute]}"
+        self.suffix = f"v{width}f{8 * SIZES[compute]}"
 
     def of(self, element: str) -> str:
         return f"<{self.width} x {element}>"
@@ -305,7 +304,7 @@ class _Vector:
         """Operand ``name``, in the dtype that is computed in."""
         value, at, element = self.value(name), self.value(f"{name}.at"), self.of(_TYPES[dtype])
         stored = value if dtype == self.compute else f"{value}.stored"
-        yield f"{stored} = load {element}, ptr {at}, align {_SIZES[dtype]}"
+        yield f"{stored} = load {element}, ptr {at}, align {SIZES[dtype]}"
         if dtype == "bfloat16":  # the upper half of a float32
             bits = self.of("i32")
             yield f"{value}.low = zext {element} {stored} to {bits}"
@@ -314,7 +313,7 @@ class _Vector:
             stored = value if self.compute == dtype else stored
             yield f"{stored} = bitcast {bits} {value}.bits to {element}"
         if dtype != self.compute:
-            cast = "fpext" if _SIZES[dtype] < _SIZES[self.compute] else "fptrunc"
+            cast = "fpext" if SIZES[dtype] < SIZES[self.compute] else "fptrunc"
             yield f"{value} = {cast} {element} {stored} to {self.type}"
 
     def store(self, name: str, dtype: str, new: str) -> Iterator[str]:
@@ -345,9 +344,9 @@ class _Vector:
             )
             yield f"{stored} = trunc {bits} {stored}.word to {element}"
         elif dtype != self.compute:
-            cast = "fpext" if _SIZES[dtype] > _SIZES[self.compute] else "fptrunc"
+            cast = "fpext" if SIZES[dtype] > SIZES[self.compute] else "fptrunc"
             yield f"{stored} = {cast} {self.type} {value} to {element}"
-        yield f"store {element} {stored}, ptr {at}, align {_SIZES[dtype]}"
+        yield f"store {element} {stored}, ptr {at}, align {SIZES[dtype]}"
 
 
 def _begin(name: str, span: str = "span") -> str:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from portopt.arrays import compute_dtype
+from portopt.arrays import SIZES, compute_dtype
 from portopt.program import Operand, Program
 
 # {a} {b} {c} operands, {dtype} their dtype, {divide} {root} its correctly rounded functions.
@@ -50,7 +50,6 @@ _WIDEST = 16  # bytes that a thread reads or writes at once
 _WARPS = 4
 _THREADS = 32 * _WARPS
 _OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
-_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _ROUNDED = {  # the functions that round correctly
     "float32": {"divide": "tl.math.div_rn", "root": "tl.math.sqrt_rn", "dtype": "tl.float32"},
     "float64": {"divide": "tl.math.fdiv", "root": "tl.math.sqrt", "dtype": "tl.float64"},
@@ -133,7 +132,7 @@ def source(program: Program, storage: Sequence[str]) -> str:
     """
     dtypes = dict(zip(program.operands, storage, strict=True))
     compute = _ROUNDED[compute_dtype(storage[0])]
-    vector = _WIDEST // max(_SIZES[dtype] for dtype in storage)
+    vector = _WIDEST // max(SIZES[dtype] for dtype in storage)
     name = _names(program.operands)
 
     def value(operand: Operand) -> str:
@@ -144,7 +143,7 @@ def source(program: Program, storage: Sequence[str]) -> str:
 
     body, head, misaligned = [], [], []
     for operand, dtype in dtypes.items():
-        address, size = f"{operand}_at", _SIZES[dtype]
+        address, size = f"{operand}_at", SIZES[dtype]
         column = program.operands.index(operand)
         head.append(f"{address} = tl.load(row + {column}) + {size} * start")
         misaligned.append(f"{address} % {vector * size}")
@@ -177,7 +176,7 @@ def square_sums_source(dtype: str) -> str:
     Args:
         dtype: That of the gradients.
     """
-    size = _SIZES[dtype]
+    size = SIZES[dtype]
     vector = _WIDEST // size
     return _COMMON + _SQUARE_SUMS.format(
         dtype=f"tl.{dtype}", size=size, widest=_WIDEST, vector=vector, block=2 * _THREADS * vector

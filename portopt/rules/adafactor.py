@@ -76,7 +76,7 @@ class Adafactor(Rule):
                [2., 2.]])
     """
 
-    by_shape = True
+    by_shape = decay_of_its_own = True
     natives = (
         Native(
             "torch.optim.Adafactor",
@@ -110,12 +110,6 @@ class Adafactor(Rule):
         if len(shape) < 2:
             return {"variance": shape}
         return {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
-
-    def step(self, xp: Namespace, t: int, param: Array, grad: Array, slot: Any) -> Update:
-        grad = -grad if self.maximize else grad
-        if self.weight_decay and self.decoupled:
-            param = param - self.lr * self.weight_decay * param
-        return self.update(xp, t, param, grad, slot)
 
     def update(self, xp: Namespace, t: int, param: Array, grad: Array, slot: Any) -> Update:
         def mean(x: Array, axis: int) -> Array:

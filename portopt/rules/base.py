@@ -202,6 +202,8 @@ class Rule(Hyperparameters):
     """The frameworks' own optimizers that are this rule."""
     by_shape: ClassVar[bool] = False
     """Whether the update, or what it keeps, depends on the shape of the parameter."""
+    decay_of_its_own: ClassVar[bool] = False
+    """Whether `update` itself applies a weight decay that is not `decoupled`."""
     has_modes: ClassVar[bool] = False
     """Whether it is evaluated at other weights than it is trained at: `evaluated`, `trained`."""
 
@@ -261,7 +263,7 @@ class Rule(Hyperparameters):
         if self.weight_decay:
             if self.decoupled:
                 param = param - self.lr * self.weight_decay * param
-            else:
+            elif not self.decay_of_its_own:
                 grad = grad + self.weight_decay * param
         return self.update(xp, t, param, grad, slot)
 

@@ -75,11 +75,7 @@ class Lamb(Rule):
     beta2: Decay = 0.999
     eps: NonNegative = 1e-6
     slots = ("exp_avg", "exp_avg_sq")
-
-    def step(self, xp: Namespace, t: int, param: Array, grad: Array, slot: Any) -> Update:
-        if self.weight_decay and not self.decoupled:  # the decay is no part of the gradient here
-            return self.update(xp, t, param, -grad if self.maximize else grad, slot)
-        return super().step(xp, t, param, grad, slot)
+    decay_of_its_own = True
 
     def update(self, xp: Namespace, t: int, param: Array, grad: Array, slot: Any) -> Update:
         m = ema(slot.exp_avg, grad, self.beta1)

@@ -24,7 +24,7 @@ Inner = Annotated[float, Interval("(0, 1)")]
 class ScheduleFree(Rule):
     """Base of the schedule-free rules: what they do with a direction."""
 
-    has_modes = True
+    has_modes = decay_of_its_own = True
 
     lr: NonNegative
     beta1: Inner = 0.9
@@ -40,9 +40,6 @@ class ScheduleFree(Rule):
 
     def initial(self, slot: str) -> Any:
         return PARAM if slot == "z" else 0.0
-
-    def step(self, xp: Namespace, t: int, param: Array, grad: Array, slot: Any) -> Update:
-        return self.update(xp, t, param, -grad if self.maximize else grad, slot)
 
     def descend(self, t: int, param: Array, direction: Array, slot: Any) -> Update:
         """Move ``z`` along a direction, and the average along with it."""
