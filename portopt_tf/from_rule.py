@@ -58,7 +58,7 @@ copyreg.pickle(_Made, lambda made: (from_rule, (made.made_from,)))
 @cache
 def _class_of(rule: Rule | type[Rule]) -> type[Optimizer]:
     rule_class, defaults = presets(rule)
-    names = [field.name for field in fields(rule_class)]
+    names = [field.name for field in fields(rule_class) if field.init]
     own = [name for name in names if name not in SHARED]
     lr, decay = defaults.get("lr"), defaults["weight_decay"] or None
 

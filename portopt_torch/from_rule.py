@@ -46,7 +46,7 @@ def from_rule(rule: Rule | type[Rule]) -> type[Optimizer]:
 @cache
 def _class_of(rule: Rule | type[Rule]) -> type[Optimizer]:
     rule_class, defaults = presets(rule)
-    names = [field.name for field in fields(rule_class)]
+    names = [field.name for field in fields(rule_class) if field.init]
 
     class FromRule(Optimizer):
         __doc__ = f"`{rule_class.__name__}` as a ``torch.optim.Optimizer``.\n\n{rule_class.__doc__}"

@@ -387,7 +387,7 @@ def _way(
     counts = [state[name] for name in ("step", *program.numbers) if state.get(name) is not None]
     why = _refusal([param, grad, *in_order], counts)  # the others will be
     if not program.elementwise:
-        why = f"{program.rule} looks at many elements of a parameter at once"
+        why = f"{program.rule} does not update each element by itself"
     if why is None:
         return "kernel"
     if fused:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from portopt.arrays import SIZES
 from portopt.program import Program
 from portopt.rules import Around, Rule
 from portopt.rules.around import AVERAGE, initial
@@ -106,7 +107,7 @@ class Sharded:
             [math.prod(_shape(array)) for array in self._params.values()],
             collectives.size,
             whole=[place for place, name in enumerate(self._names) if not cuttable[name]],
-            widths=[_bytes(buffers.dtype(array)) for array in self._params.values()],
+            widths=[SIZES[buffers.dtype(array)] for array in self._params.values()],
         )
 
     def step(self, grads: Sequence[Any] | Mapping[str, Any]) -> None:
@@ -278,14 +279,13 @@ class Sharded:
                     raise ValueError(f"params[{name!r}] is there already, as params[{other!r}]")
                 names[id(array)] = name
             rule = self._rule(group)
-            values = {field.name: getattr(rule, field.name) for field in fields(rule)}
-            groups.append({"params": dict(arrays), **values})
+            groups.append({"params": dict(arrays), **rule.values()})
         if not names:
             raise ValueError("params must hold at least one array, got none")
         return groups
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
-        known = [field.name for field in fields(self.rule)]
+        known = self.rule.values()
         hyper = {key: value for key, value in group.items() if key != "params"}
         for key in hyper:
             if key not in known:
@@ -317,7 +317,3 @@ class Sharded:
 
 def _shape(array: Any) -> tuple[int, ...]:
     return tuple(array.shape)
-
-
-def _bytes(dtype: str) -> int:
-    return {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[dtype]

@@ -26,7 +26,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
-from support import assert_agree, begun, gradients, numbered, rounded, weights
+from support import Halved, assert_agree, begun, gradients, numbered, rounded, weights
 
 import portopt
 from portopt import Optimizer, Rule, trace
@@ -733,22 +733,14 @@ def test_a_type_that_is_not_known_in_its_module_is_named():
 
 
 def test_a_field_that_cannot_be_given():
-    @dataclass(frozen=True, kw_only=True)
-    class Half(Rule):
-        lr: float = 1.0
-        half: float = dataclasses.field(init=False, default=0.5)
-
-        def update(self, xp, t, param, grad, slot):
-            return param - self.half * self.lr * grad, {}
-
     param = np.ones(2)
-    optimizer = Optimizer(Half(), [param])
+    optimizer = Optimizer(Halved(), [param])
     optimizer.param_groups[0]["lr"] = 2.0
     optimizer.step([np.ones(2)])
     assert_agree(param, np.zeros(2), "same")
     given = ["lr", "weight_decay", "decoupled", "maximize"]
     assert sorted(optimizer.param_groups[0]) == sorted([*given, "params"])
-    for rule in (Half, Half()):
+    for rule in (Halved, Halved()):
         assert sorted(presets(rule)[1]) == sorted(given)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -75,6 +75,17 @@ def rounded(numbers, dtype=np.float32):
 def numbered(rule, dtype=np.float32):
     """What `Program.scalars` asks for before the first step: hyperparameters, and numbers."""
     return vars(rule) | rounded({name: rule.initial(name) for name in rule.numbers}, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halved(Rule):
+    """Steps half as far, by a field that cannot be given."""
+
+    lr: float = 1.0
+    half: float = field(init=False, default=0.5)
+
+    def update(self, xp, t, param, grad, slot):
+        return param - self.half * self.lr * grad, {}
 
 
 @dataclass(frozen=True, kw_only=True)

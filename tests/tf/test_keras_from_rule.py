@@ -8,7 +8,7 @@ import plugin
 import pytest
 import tensorflow as tf
 from keras_runs import assert_variables, fit, small_model
-from support import Rowwise, assert_agree
+from support import Halved, Rowwise, assert_agree
 
 import portopt_tf
 from portopt import rules
@@ -47,6 +47,13 @@ def test_a_slot_of_another_shape_goes_through_no_kernel(compiled):
     for _ in range(3):
         step()
     assert_agree(variable.numpy(), np.full((4, 6), -0.5 * (1 + 2 + 3)), "same")
+
+
+@pytest.mark.parametrize("rule", [Halved, Halved(lr=3.0)], ids=["class", "rule"])
+def test_a_field_that_cannot_be_given(rule):
+    variable, optimizer = keras.Variable(np.zeros(3, "f4")), portopt_tf.from_rule(rule)(2.0)
+    type(optimizer).from_config(optimizer.get_config()).apply([tf.ones(3)], [variable])
+    assert (variable.numpy() == -1).all()
 
 
 def test_a_rule_without_a_default_learning_rate_takes_a_schedule():

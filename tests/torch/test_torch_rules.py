@@ -8,7 +8,7 @@ import numpy as np
 import plugin
 import pytest
 import torch
-from support import Rowwise, assert_agree
+from support import Halved, Rowwise, assert_agree
 from twins import (
     assert_params_agree,
     assert_twins_agree,
@@ -98,6 +98,15 @@ def test_a_slot_of_another_shape_goes_through_no_kernel():
     optimizer = train(from_rule(Rowwise)([param], lr=0.5), [[torch.ones(4, 6)]] * 3)
     assert torch.equal(param, torch.full((4, 6), -0.5 * (1 + 2 + 3)))
     assert torch.equal(optimizer.state[param]["row"], torch.full((1, 6), 3.0))
+
+
+@pytest.mark.parametrize("rule", [Halved, Halved(lr=3.0)], ids=["class", "rule"])
+def test_a_field_that_cannot_be_given(rule):
+    param = torch.nn.Parameter(torch.zeros(3))
+    train(from_rule(rule)([param], lr=2.0), [[torch.ones(3)]])
+    assert (param == -1).all()
+    with pytest.raises(TypeError, match="unknown hyperparameter 'half': Halved has "):
+        from_rule(rule)([param], half=0.25)
 
 
 def test_a_rule_may_hand_its_inputs_on():
