@@ -31,7 +31,8 @@ def test_every_element_belongs_to_one_rank(made):
     for tensor, size in enumerate(plan.sizes):
         spans = sorted(s for mine in plan.spans for s in mine if s.tensor == tensor)
         edges = [span.start for span in spans] + [size]
-        assert all(span.length > 0 for span in spans)
+        assert all(span.length > 0 for span in spans) if size else spans == [(tensor, 0, 0)]
+        assert size or spans[0] in plan.spans[0]
         assert edges[0] == 0 and [span.stop for span in spans] == edges[1:]
         assert all(edge % align == 0 for edge in edges[:-1])
         assert tensor not in whole or len(spans) <= 1
@@ -110,7 +111,7 @@ def test_the_printed_plan():
     plan = divide([100_000, 8, 0, 70_000, 3, 3], 3, whole=[3])
     assert str(plan).splitlines() == [
         "rank      elements  share  spans",
-        "   0        70,000  1.235  3",
+        "   0        70,000  1.235  2, 3",
         "   1        50,000  0.882  0[0:50000]",
         "   2        50,014  0.883  0[50000:100000], 1, 4, 5",
     ]
