@@ -240,7 +240,7 @@ def test_every_way_is_the_same_and_without_a_warning(name, foreach):
 def test_fused_is_refused(name):
     optimizer = ours(name)(make_params(SHAPES[name]))
     optimizer.param_groups[0]["fused"] = True
-    with pytest.raises(RuntimeError, match=r"`fused=True` is not possible: .* does not update each"):
+    with pytest.raises(RuntimeError, match=r"`fused=True` is not possible: .* does not update"):
         train(optimizer, grads_of(name, 1, torch.float32))
 
 
