@@ -3,6 +3,7 @@
 import multiprocessing
 from operator import is_
 
+import numpy as np
 import pytest
 import torch
 from twins import OPTIONS, make_grads, make_params, native, ours, train
@@ -80,6 +81,27 @@ def test_counts_keep_their_shapes():
         optimizer.state[param].update({name: torch.zeros_like(param) for name in SLOTS})
     train(optimizer, GRADS[:2])
     assert [step.tolist() for step in steps(optimizer)] == [[9.0]] * 4
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_counts_of_a_half_type_go_on(n):
+    """Of which bfloat16 has no 257."""
+    optimizer = ours("Adam")(make_params([(3,)] * n))
+    for param in optimizer.param_groups[0]["params"]:
+        own = {name: torch.zeros_like(param) for name in SLOTS}
+        optimizer.state[param] = {"step": torch.tensor(256.0, dtype=torch.bfloat16), **own}
+    train(optimizer, make_grads([(3,)] * n, steps=2))
+    assert [step.item() for step in steps(optimizer)] == [258.0] * n
+
+
+def test_counts_that_lie_side_by_side_by_chance():
+    """In one piece of memory, but each a tensor of its own."""
+    optimizer, memory = ours("Adam")(make_params()), np.zeros(4, np.float32)
+    for place, param in enumerate(optimizer.param_groups[0]["params"]):
+        own = {name: torch.zeros_like(param) for name in SLOTS}
+        optimizer.state[param] = {"step": torch.from_numpy(memory[place : place + 1]), **own}
+    train(optimizer, GRADS)
+    assert [step.item() for step in steps(optimizer)] == [6.0] * 4
 
 
 def test_two_optimizers_on_one_state():

@@ -72,6 +72,23 @@ def test_it_is_used_as_the_optimizer_alone_is():
                 assert_bits(param, expected, f"{name} in stage {stage}")
 
 
+def thaw_on_one(rank):
+    weight, frozen = torch.nn.Parameter(torch.ones(40)), torch.nn.Parameter(torch.ones(40))
+    frozen.requires_grad_(False)
+    optimizer = Sharded(portopt_torch.SGD([weight, frozen], lr=0.5), stage=2)
+    frozen.requires_grad_(rank == 0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (weight + frozen).sum().backward()
+        optimizer.step()
+    return weight.unique().tolist(), frozen.unique().tolist()
+
+
+@pytest.mark.distributed
+def test_one_that_is_thawed_on_one_worker_has_no_gradient_on_the_other():
+    assert workers.run(2, thaw_on_one) == [([1 - 3 * 0.5], [1 - 3 * 0.5 / 2])] * 2
+
+
 MODES = portopt_torch.get("schedulefreeadamw")
 
 
