@@ -21,6 +21,7 @@ from portopt.rules import HyperparameterError, Rule
 from portopt.rules.base import PARAM, Slots
 from portopt.trace import trace
 from portopt_tf.gradients import dense, fit, path_of, shape_of
+from portopt_tf.scalars import float64, is_symbolic, next_step, scalars_of
 
 _KEEP_PROTOCOL = ("jax", "torch", "numpy")
 """The backends with array API namespaces; there, keras.ops may turn float64 into float32."""
@@ -208,7 +209,7 @@ class Optimizer(keras.optimizers.Optimizer):
         rule_class, values = self.rule_of()
         if not variant:
             values["weight_decay"] = 0.0
-        if rule_class.has_modes and _is_symbolic(self._train_mode):
+        if rule_class.has_modes and is_symbolic(self._train_mode):
             rule_class = _in_either_mode(rule_class)
         return rule_class.unchecked(**values, lr=learning_rate)
 
@@ -217,10 +218,10 @@ class Optimizer(keras.optimizers.Optimizer):
         rule = self.rule_for(self.variant(variable), learning_rate)
         shape = tuple(variable.shape)
         program = trace(rule, shape=shape)
-        scalars = scalars_of(program, rule, self._numbers, _next(self.iterations))
+        scalars = scalars_of(program, rule, self._numbers, next_step(self.iterations))
         stored = self._stored(program, gradient, variable)
         dtype = compute_dtype(keras.backend.standardize_dtype(variable.dtype))
-        with _float64():
+        with float64():
             scalars = {
                 k: x if isinstance(x, float) else ops.cast(x, dtype) for k, x in scalars.items()
             }
@@ -241,7 +242,7 @@ class Optimizer(keras.optimizers.Optimizer):
         That is, in the processor's memory, and wherever TensorFlow keeps one copy of each; not
         where a subclass has an `update_step` of its own.
         """
-        t, group = _next(self.iterations), self._group_of(trainable_variables)
+        t, group = next_step(self.iterations), self._group_of(trainable_variables)
         is_ours = type(self).update_step is Optimizer.update_step  # a subclass may add to it
         can_be_compiled = is_ours and group.can_be_compiled and not _has_strategy()
         works: list[_Work] = []
@@ -278,7 +279,7 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def _launched(self, group: _Group, works: Sequence[_Work], grads: Sequence[Any]) -> bool:
         """Make the step by kernels, on the variables' memory; whether that was possible."""
-        if _is_symbolic(self.iterations) or not all(work.program.elementwise for work in works):
+        if is_symbolic(self.iterations) or not all(work.program.elementwise for work in works):
             return False
         from portopt_tf import launch
 
@@ -330,9 +331,7 @@ class Optimizer(keras.optimizers.Optimizer):
                 f"`grads` must have one gradient for each of {len(variables)} variables. "
                 f"Received: {len(grads)}"
             )
-        if self.rule_class.has_modes and not (
-            _is_symbolic(self._train_mode) or self._is_training()
-        ):
+        if self.rule_class.has_modes and not (is_symbolic(self._train_mode) or self._is_training()):
             raise RuntimeError("the weights are those of eval(): call train() first")
         grads, variables = super()._filter_empty_gradients(grads, variables)
         if not fit(grads, self._group_of(variables).shapes):
@@ -425,55 +424,3 @@ def _unseen(function: Any) -> Any:
 @cache
 def _hidden(function: Any) -> Any:
     return sys.modules["torch"].compiler.disable(function)
-
-
-def scalars_of(program: Program, rule: Rule, numbers: Mapping[str, Any], t: Any) -> dict[str, Any]:
-    """The program's scalars: floats where ``t`` has a value, else 0-d tensors of float64."""
-    names = *program.hyperparameters, *program.numbers
-    given = {**vars(rule), **numbers}
-    if not (_is_symbolic(t) or _is_symbolic(rule.lr)):
-        return program.scalars({name: _number(given[name]) for name in names}, int(t))
-
-    def double(x: Any) -> Any:  # Keras would cast a float by way of float32
-        return x if isinstance(x, float) else ops.cast(x, "float64")
-
-    with _float64():
-        values = {name: double(given[name]) for name in names}
-        return program.scalars(values, double(t), double)
-
-
-def _next(iterations: Any) -> Any:
-    """The number of the step after so many: an int where it has a value."""
-    return iterations + 1 if _is_symbolic(iterations) else int(_number(iterations)) + 1
-
-
-def _number(x: Any) -> float:
-    try:
-        return float(x)
-    except TypeError:  # a mirrored variable is no number, but its sums are
-        return float(x + 0)
-    except RuntimeError:  # nor is one on PyTorch that is trained
-        return float(ops.convert_to_numpy(x))
-
-
-def _is_symbolic(x: Any) -> bool:
-    """Whether ``x`` has no value: inside a ``tf.function``, or transformed by JAX."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return not tf.executing_eagerly()
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return isinstance(ops.convert_to_tensor(x), jax.core.Tracer)
-    return False
-
-
-def _float64() -> Any:
-    """Lets JAX compute in float64, whatever its configuration."""
-    if keras.backend.backend() != "jax":
-        return contextlib.nullcontext()
-    import jax
-
-    # It was jax.experimental.enable_x64() before jax.enable_x64(True).
-    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()

@@ -15,7 +15,8 @@ from portopt.sharding.plan import ALIGN
 from portopt.trace import trace
 from portopt_tf import compiled
 from portopt_tf.gradients import dense, path_of
-from portopt_tf.optimizer import check_dtype, scalars_of
+from portopt_tf.optimizer import check_dtype
+from portopt_tf.scalars import scalars_of
 
 
 class Sharded:

@@ -1,4 +1,4 @@
-"""Plans: which parameters go through kernels, and which the plain way."""
+"""Plans: what a step launches, and what it updates the plain way."""
 
 from __future__ import annotations
 
@@ -7,28 +7,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from operator import is_
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from portopt.kernels import cpu, slow
 from portopt.kernels.contents import Contents
 from portopt.program import Program
 from portopt.rules import Around, Rule
 from portopt.rules.around import AVERAGE, initial
 from portopt.rules.base import PARAM
 from portopt.trace import specialized, trace
-from portopt_torch import cuda
-from portopt_torch.launch import STORAGE, Batch, CudaBatch, gradient, storage
-from portopt_torch.plain import Member, check_dtype, host
+from portopt_torch.launch import Batch, CudaBatch, gradient, storage
+from portopt_torch.plain import Member, host
+from portopt_torch.ways import Shape, has_address, lie_alike, overlapping, way_of
 
 if TYPE_CHECKING:
     from portopt_torch.optimizer import Optimizer
-
-
-Shape: TypeAlias = "tuple[int, ...]"
 
 
 class Asked(NamedTuple):
@@ -147,7 +143,7 @@ class Plan(NamedTuple):
         if member.param.grad is None or any(member.state.get(name) is None for name in needed):
             return False
         group = optimizer.param_groups[member.group]
-        way = _way(optimizer, group, member.program, member.shapes, member.param)
+        way = way_of(optimizer, group, member.program, member.shapes, member.param)
         return way == member.way
 
     def rest_alike(self) -> Iterable[tuple[tuple[int, Program], list[Member]]]:
@@ -180,7 +176,7 @@ class Plan(NamedTuple):
         """Raise a RuntimeError if zeros for one gradient would also be another's, still unread."""
         if not self.asked.around.zero_grad:
             return
-        rest = filter(_has_address, (gradient(member.param) for member in self.rest))
+        rest = filter(has_address, (gradient(member.param) for member in self.rest))
         places = [batch.places() for batch in self.batches]
         places.append(np.array([*map(Tensor.data_ptr, rest)], np.uint64))
         found = np.sort(np.concatenate(places))
@@ -227,9 +223,9 @@ def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
             if optimizer.into_grad:
                 program = _into_grad(program)
             traced[place] = program, shapes
-            ways[place] = _way(optimizer, groups[g], program, shapes, param, compiling=compiling)
+            ways[place] = way_of(optimizer, groups[g], program, shapes, param, compiling=compiling)
     together = [params[place] for place, way in ways.items() if way in ("kernel", "foreach")]
-    alone = _overlapping([param for _, param in together])
+    alone = overlapping([param for _, param in together])
     if any(groups[g].get("fused") and id(param) in alone for g, param in together):
         raise RuntimeError("`fused=True` is not possible: two parameters share memory")
     alike: dict[Any, list[Member]] = {}
@@ -288,31 +284,6 @@ def _into_grad(program: Program) -> Program:
     return replace(program, outputs=outputs)
 
 
-def _overlapping(params: Iterable[Tensor]) -> set[int]:
-    """Those that share memory with another, or stand there twice."""
-    found: set[int] = set()
-    end, holder = 0, 0
-    for param in sorted(filter(_has_address, params), key=Tensor.data_ptr):
-        begin = param.data_ptr()
-        if begin < end:
-            found |= {holder, id(param)}
-        if begin + _extent(param) > end:
-            end, holder = begin + _extent(param), id(param)
-    return found
-
-
-def _has_address(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type in ("cpu", "cuda")
-
-
-def _extent(tensor: Tensor) -> int:
-    """How many bytes there are from the first element's begin to the last one's end."""
-    if tensor.is_contiguous():
-        return tensor.nbytes
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.itemsize * (1 + sum((size - 1) * stride for size, stride in pairs))
-
-
 def begin_count(name: str, rule: Rule, group: Mapping[str, Any], param: Tensor) -> Tensor:
     """The "step", or one of a rule's numbers, before the first step, as ``torch.optim`` has it."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
@@ -337,7 +308,7 @@ def add_slots(state: dict[str, Any], rule: Rule, slots: tuple[str, ...], param: 
                 state[slot] = param.detach().new_full(shape, host(initial(rule, slot)))
         elif old is None:
             state[slot] = _initial(initial(rule, slot), param)
-        elif not _lie_alike(old, param):  # as a native's may be, which copies the gradient
+        elif not lie_alike(old, param):  # as a native's may be, which copies the gradient
             state[slot] = torch.empty_like(param, dtype=old.dtype).copy_(old)
 
 
@@ -348,111 +319,3 @@ def _initial(value: Any, param: Tensor) -> Tensor:
     if param.is_complex():  # two numbers
         number = complex(number, number)
     return torch.full_like(param, number, memory_format=torch.preserve_format)
-
-
-def _way(
-    optimizer: Optimizer,
-    group: Mapping[str, Any],
-    program: Program,
-    shapes: Mapping[str, Shape],
-    param: Tensor,
-    *,
-    compiling: bool = False,
-) -> str:
-    """How ``param`` is updated: by "kernel", "foreach", or "plain"; changes nothing."""
-    grad, state = gradient(param), optimizer.state.get(param, {})
-    check_dtype(param.dtype)
-    _check_sparse(optimizer, group, grad)
-    if shapes and param.is_complex():
-        raise RuntimeError(f"{type(optimizer).__name__} does not support complex parameters")
-    kept = {slot: state[slot] for slot in program.slots if state.get(slot) is not None}
-    for slot, value in kept.items():
-        shape = shapes.get(slot, param.shape)
-        if value.shape != shape:
-            what = "the shape" if shape is not param.shape else "its parameter's shape"
-            raise RuntimeError(f"{slot} must have {what} {tuple(shape)}, has {tuple(value.shape)}")
-    foreach, fused = group.get("foreach"), group.get("fused")
-    if grad.is_sparse:
-        if fused:
-            raise RuntimeError("`fused=True` is not possible: a gradient is sparse")
-        return "plain" if group.get("momentum") else "rows"  # whose buffer goes on everywhere
-    if compiling or group.get("differentiable"):
-        return "plain"
-    if not fused and foreach is not None:
-        return "foreach" if foreach else "plain"
-    other = "foreach" if param.is_cuda else "plain"
-    if fused is False:
-        return other
-    in_order = [value for value in kept.values() if _lie_alike(value, param)]
-    counts = [state[name] for name in ("step", *program.numbers) if state.get(name) is not None]
-    why = _refusal([param, grad, *in_order], counts)  # the others will be
-    if not program.elementwise:
-        why = f"{program.rule} does not update each element by itself"
-    if why is None:
-        return "kernel"
-    if fused:
-        raise RuntimeError(f"`fused=True` is not possible: {why}")
-    if program.elementwise:
-        slow.warn("portopt_torch", why)
-    return other
-
-
-def _check_sparse(optimizer: Optimizer, group: Mapping[str, Any], grad: Tensor) -> None:
-    """Raise a RuntimeError, in the natives' words, if the gradient is of the wrong kind."""
-    name = type(optimizer).__name__
-    if not grad.is_sparse:
-        if optimizer.sparse == "only":
-            raise RuntimeError(
-                f"{name} does not support dense gradients, please consider Adam instead"
-            )
-        return
-    if optimizer.sparse == "no":
-        raise RuntimeError(f"{name} does not support sparse gradients")
-    if group.get("weight_decay"):
-        raise RuntimeError("weight_decay option is not compatible with sparse gradients")
-    if optimizer.around != Around():
-        raise RuntimeError("around is not compatible with sparse gradients")
-
-
-def _lie_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors of one shape have their elements in the same order in memory."""
-    return one.stride() == other.stride() or _strides(one) == _strides(other)
-
-
-def _strides(tensor: Tensor) -> list[int]:
-    """The strides that matter."""
-    pairs = zip(tensor.stride(), tensor.shape, strict=True)
-    return [stride for stride, size in pairs if size > 1] if tensor.numel() else []
-
-
-def _refusal(tensors: Sequence[Tensor], counts: Sequence[Tensor]) -> str | None:
-    """Why the operands of one parameter cannot go through a kernel; None if they can.
-
-    Args:
-        tensors: The parameter, its gradient and its slots.
-        counts: Its number of steps and the rule's numbers, as far as they are there.
-    """
-    param = tensors[0]
-    places = (param.device, torch.device("cpu"))
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
-            return f"a tensor is a {type(tensor).__name__} of layout {tensor.layout}"
-        if tensor.device.type not in ("cpu", "cuda") or tensor.device != param.device:
-            return f"a tensor is on device {tensor.device}"
-        if tensor.dtype not in STORAGE:
-            return f"a tensor has dtype {tensor.dtype}"
-        if tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor():
-            return "a tensor is a lazy conjugate or negative, or zeros without memory"
-        if tensor is param and not cpu.is_dense(param.shape, param.stride()):
-            return "a parameter has gaps in its memory"
-        if tensor.shape != param.shape or not _lie_alike(tensor, param):
-            return "a gradient or slot lies otherwise in memory than its parameter"
-    for count in counts:
-        if not (count.is_floating_point() and count.device in places):
-            return f"a number of steps is a {count.dtype} on device {count.device}"
-        is_single = count.untyped_storage().nbytes() == count.itemsize
-        if is_single and not count.is_cuda and count.is_shared():
-            return "a number of steps is in memory that processes share"
-    if param.is_cuda:
-        return cuda.refusal(storage(tensors))
-    return cpu.refusal(storage(tensors))
