@@ -123,8 +123,8 @@ class Optimizer:
         Raises:
             TypeError, ValueError: a gradient is missing, unknown, or of another shape or dtype, or
                 a parameter shares memory with another, or a gradient as it may not (as long as only
-                gradients move, this is not looked for again, but for equal ones to be zeroed), or a
-                parameter or slot has become read-only, or its state does not fit it, or a group's
+                gradients change, this is not looked for again, but for equal ones to be zeroed), or
+                a parameter or slot has become read-only, or its state does not fit it, or a group's
                 hyperparameter is not allowed, or the rule cannot be traced; nothing is changed
                 then.
             RuntimeError: after `eval`, for a rule that has other weights then.
@@ -153,7 +153,7 @@ class Optimizer:
     def _members(
         self, rules: Sequence[Rule], programs: Sequence[Program], grads: Sequence[NDArray | None]
     ) -> list[Member]:
-        """The parameters that have a gradient, with states for the step."""
+        """The parameters that have a gradient, with states for the step, and those that wait."""
         listed = [
             (g, name, param)
             for g, group in enumerate(self.param_groups)
@@ -161,14 +161,27 @@ class Optimizer:
         ]
         members = []
         for place, ((g, name, param), grad) in enumerate(zip(listed, grads, strict=True)):
-            if grad is not None:
-                program = specialized(programs[g], rules[g], self.around, param.shape)
+            waits = grad is None
+            if waits and (name not in self.state or rules[g].by_shape):
+                continue
+            program = specialized(programs[g], rules[g], self.around, param.shape)
+            if waits:
+                state = self.state[name]
+                if not _is_ready(name, state, rules[g], program, param):
+                    continue
+            else:
                 state = state_of(self.state.get(name, {}), rules[g], program, param)
-                _check_state(name, state, rules[g], program, param)
-                for slot in program.slots:
-                    _check_writable(f"state[{name!r}][{slot!r}]", state[slot])
-                arrays = param, grad, *(state[slot] for slot in program.slots)
-                members.append(Member(place, g, program, state, arrays))
+                _check_member(name, state, rules[g], program, param)
+            like = param if waits else grad
+            operands = param, like, *(state[slot] for slot in program.slots)
+            members.append(Member(place, g, program, state, operands, waits))
+        if any(member.waits for member in members):
+            places = Places({place: param for place, (_, _, param) in enumerate(listed)})
+            members = [
+                member
+                for member in members
+                if not member.waits or places.sharing(member.operands[0], but=member.place) is None
+            ]
         return members
 
     def __getstate__(self) -> dict[str, Any]:
@@ -361,6 +374,26 @@ def _check_param(name: Name, array: Any) -> None:
 def _check_writable(what: str, array: NDArray) -> None:
     if not array.flags.writeable:
         raise ValueError(f"{what} must be writable, got a read-only array")
+
+
+def _is_ready(
+    name: Name, state: Mapping[str, Any], rule: Rule, program: Program, param: NDArray
+) -> bool:
+    """Whether a parameter lacks nothing but a gradient."""
+    try:
+        _check_param(name, param)
+        _check_member(name, state, rule, program, param)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _check_member(
+    name: Name, state: Mapping[str, Any], rule: Rule, program: Program, param: NDArray
+) -> None:
+    _check_state(name, state, rule, program, param)
+    for slot in program.slots:
+        _check_writable(f"state[{name!r}][{slot!r}]", state[slot])
 
 
 def _check_state(

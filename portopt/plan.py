@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property, partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, compress
 from operator import is_
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -27,14 +27,16 @@ State: TypeAlias = "dict[str, Any]"
 
 
 class Member(NamedTuple):
-    """A parameter that has a gradient.
+    """A parameter that has a gradient, or may get one.
 
     Attributes:
         place: Its place among all parameters.
         group: The place of its group.
         program: What updates it.
         state: Its state, as `state_of` forms it.
-        operands: Its arrays, by `Program.operands`.
+        operands: Its arrays, by `Program.operands`; in the place of a gradient that is not there
+            yet, what it will be like.
+        waits: Whether it has none.
     """
 
     place: int
@@ -42,15 +44,16 @@ class Member(NamedTuple):
     program: Program
     state: State
     operands: Sequence[NDArray]
+    waits: bool
 
 
 class Plan:
-    """The batches of a step, which serve for the next steps as long as only gradients move.
+    """The batches of a step, which serve for the next ones as long as only gradients change.
 
     Args:
         groups: The optimizer's groups.
         programs: For each of them its program.
-        members: The parameters that have a gradient.
+        members: The parameters that have a gradient, and those that may get one.
 
     Attributes:
         lasts: Whether it may serve again: all goes through kernels.
@@ -65,15 +68,17 @@ class Plan:
         self._programs = programs
         self._names, self._params = listed(groups)
         names = [*chain.from_iterable(self._names)]
-        self._states = {names[member.place]: member.state for member in members}
-        active = {member.place for member in members}
-        self._idle = [place for place in range(len(names)) if place not in active]
         kernels: dict[tuple[Program, tuple[str, ...]], list[Member]] = {}
         others: dict[tuple[Program, tuple[str, ...]], list[Member]] = {}
         for member in members:
-            alike = kernels if member.program.elementwise and _takes(member.operands) else others
-            storage = tuple(dtype_name(array.dtype) for array in member.operands)
-            alike.setdefault((member.program, storage), []).append(member)
+            takes = member.program.elementwise and _takes(member.operands, silently=member.waits)
+            if takes or not member.waits:
+                storage = tuple(dtype_name(array.dtype) for array in member.operands)
+                alike = kernels if takes else others
+                alike.setdefault((member.program, storage), []).append(member)
+        active = [*chain.from_iterable((*kernels.values(), *others.values()))]
+        self._states = {names[member.place]: member.state for member in active}
+        self._idle = sorted({*range(len(names))} - {member.place for member in active})
         self._launches = [_Launch(*key, some) for key, some in kernels.items()]
         self._batches = [*self._launches, *(_Batch(*key, some) for key, some in others.items())]
         self.lasts = not others
@@ -87,7 +92,7 @@ class Plan:
         state: Mapping[Name, State],
         grads: Sequence[NDArray | None],
     ) -> bool:
-        """Whether it serves for this step as well; notes where the gradients are.
+        """Whether it serves for this step as well; notes where gradients are.
 
         Args:
             groups: The optimizer's groups.
@@ -108,9 +113,8 @@ class Plan:
 
     def _has_one_twice(self) -> bool:
         """Whether two gradients begin at one place."""
-        each = [launch.grad_layout.addresses for launch in self._launches]
-        found = np.sort(np.concatenate(each))
-        return bool((found[1:] == found[:-1]).any())
+        found = np.sort(np.concatenate([launch.step.table[:, 1] for launch in self._launches]))
+        return bool(((found[1:] == found[:-1]) & (found[1:] != 0)).any())
 
     def grad_norm(self) -> float:
         """The 2-norm of all gradients together."""
@@ -147,6 +151,7 @@ class _Batch:
         self.program, self.storage, self.members = program, storage, members
         self.groups = [member.group for member in members]
         self.states = [member.state for member in members]
+        self.here = [not member.waits for member in members]
         self.counts = ("step", *program.numbers)
         self.present = {group: place for place, group in enumerate(dict.fromkeys(self.groups))}
         self.by_group = [*map(self.present.__getitem__, self.groups)]
@@ -181,7 +186,8 @@ class _Batch:
         """Take over the number of steps done, and the rule's new numbers."""
         for name in self.counts:
             new = [row[name] for row in self.new]
-            for state, place in zip(self.states, self.which, strict=True):
+            pairs = zip(self.states, self.which, strict=True)
+            for state, place in compress(pairs, self.here):
                 state[name] = new[place]
 
     def run(self) -> None:
@@ -198,7 +204,10 @@ class _Batch:
 
 
 class _Launch(_Batch):
-    """Parameters of one program that are stored alike, updated by one launch of its kernel."""
+    """Parameters of one program that are stored alike, updated by one launch of its kernel.
+
+    It passes over those without a gradient.
+    """
 
     def __init__(
         self, program: Program, storage: tuple[str, ...], members: Sequence[Member]
@@ -208,34 +217,42 @@ class _Launch(_Batch):
         super().__init__(program, storage, members)
         self.members = ()  # their gradients are of one step alone
         self.places = [member.place for member in members]
-        param, grads, *slots = zip(*(member.operands for member in members), strict=True)
-        self.slots = [*chain.from_iterable(slots)]
-        self.kept = layout.array([*param, *self.slots])
+        params, grads, *slots = zip(*(member.operands for member in members), strict=True)
+        self.params, self.slots = params, [*chain.from_iterable(slots)]
+        self.kept = layout.array([*params, *self.slots])
         self.kept_layout = layout.of_arrays(self.kept, moves=False)
         self.grad_layout = layout.of_arrays(layout.array(grads), moves=True)
         # As it demands. A list: dtypes may be equal, and each an object of its own.
         self.alive = [(type(grad), grad.dtype) for grad in grads]
         sizes = [grad.size for grad in grads]
         columns = self.kept_layout.addresses.reshape(-1, len(members))
-        rows = np.insert(columns, 1, self.grad_layout.addresses, axis=0).T
+        rows = np.insert(columns, 1, self._grads_at(), axis=0).T
         self.array, self.threads = layout.array, cpu.threads
         self.step = cpu.Step(program, storage, rows, sizes)
         self.make_square_sum = partial(cpu.SquareSum, storage[1], rows[:, 1], sizes)
 
     def fits(self, grads: Sequence[NDArray | None]) -> bool:
-        """Whether all lies as it did; notes where the gradients are."""
+        """Whether all lies as it did; notes where gradients are."""
         try:
             slots = [state[name] for name in self.program.slots for state in self.states]
         except KeyError:
             return False
+        given = [grads[place] for place in self.places]
+        self.here = [grad is not None for grad in given]
+        # A parameter lies as its gradient is to lie.
+        own = [p if g is None else g for p, g in zip(self.params, given, strict=True)]
         fits = (
             all(map(is_, slots, self.slots))
             and all(name in state for name in self.counts for state in self.states)
             and self.kept_layout.fits(self.kept)
-            and self.grad_layout.fits(self.array([grads[place] for place in self.places]))
+            and self.grad_layout.fits(self.array(own))
         )
-        self.step.table[:, 1] = self.grad_layout.addresses
+        self.step.table[:, 1] = self._grads_at()
         return fits
+
+    def _grads_at(self) -> NDArray:
+        """Where gradients are; 0 for none."""
+        return np.where(self.here, self.grad_layout.addresses, 0)
 
     @cached_property
     def square_sum(self) -> Any:
@@ -316,10 +333,10 @@ def _rounded(numbers: Mapping[str, float], dtype: str) -> dict[str, float]:
     return {name: float(kind(value)) for name, value in numbers.items()}
 
 
-def _takes(arrays: Sequence[NDArray]) -> bool:
-    """Whether a kernel takes the arrays, the parameter first; why not is said once."""
+def _takes(arrays: Sequence[NDArray], *, silently: bool) -> bool:
+    """Whether a kernel takes the arrays, the parameter first; else why not is said once."""
     why = _refusal(arrays)
-    if why is not None:
+    if why is not None and not silently:
         slow.warn("portopt.Optimizer", why)
     return why is None
 

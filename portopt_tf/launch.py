@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from itertools import chain
 from operator import is_
@@ -41,10 +42,10 @@ class Member(NamedTuple):
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.arrays["param"].shape))
+        return math.prod(self.arrays["param"].shape)
 
-    @property
     def storage(self) -> tuple[str, ...]:
+        """The dtypes of the arrays, for which Keras takes its time."""
         arrays = [self.arrays[name] for name in self.program.operands]
         return tuple(keras.backend.standardize_dtype(array.dtype) for array in arrays)
 
@@ -73,12 +74,15 @@ class Plan:
     ) -> None:
         self._programs, self._grad_dtypes = programs, [grad.dtype for grad in grads]
         self._memory = _memory()
-        self._is_possible = _is_possible(self._memory, members)
+        storages = [member.storage() for member in members]
+        self._is_possible = _is_possible(self._memory, members, {*storages})
         alike: dict[tuple[int, tuple[str, ...]], list[Member]] = {}
-        for member in members if self._is_possible else ():
+        for member, storage in zip(members, storages, strict=True) if self._is_possible else ():
             if member.size:
-                alike.setdefault((member.work, member.storage), []).append(member)
-        self._batches = [_Batch(self._memory, some) for some in alike.values()]
+                alike.setdefault((member.work, storage), []).append(member)
+        self._batches = [
+            _Batch(self._memory, storage, some) for (_, storage), some in alike.items()
+        ]
 
     def fits(self, programs: Sequence[Program], grads: Sequence[Any]) -> bool:
         """Whether it is for these programs and dtypes of gradients."""
@@ -111,12 +115,12 @@ class Plan:
 class _Batch:
     """Parameters of one program that are stored alike: one launch."""
 
-    def __init__(self, memory: Any, members: Sequence[Member]) -> None:
+    def __init__(self, memory: Any, storage: tuple[str, ...], members: Sequence[Member]) -> None:
         self.memory = memory
         first, self.sizes = members[0], [member.size for member in members]
         self.work, self.places = first.work, [member.place for member in members]
-        rows = np.zeros((len(members), len(first.storage)), np.uint64)
-        self.step = cpu.Step(first.program, first.storage, rows, self.sizes)
+        rows = np.zeros((len(members), len(storage)), np.uint64)
+        self.step = cpu.Step(first.program, storage, rows, self.sizes)
         self.which = np.zeros(len(members), np.int64)  # all have the same scalars
         operands = first.program.operands
         self.grad = operands.index("grad")
@@ -142,12 +146,13 @@ class _Batch:
         return kept, values
 
 
-def _is_possible(memory: Any, members: Sequence[Member]) -> bool:
+def _is_possible(
+    memory: Any, members: Sequence[Member], storages: Iterable[tuple[str, ...]]
+) -> bool:
     """Whether a kernel can update them; if it should be able to, why not is said once."""
     kept = [x for member in members for name, x in member.arrays.items() if name != "grad"]
     if len({*map(id, kept)}) < len(kept) or not all(map(memory.is_here, kept)):
         return False
-    storages = {member.storage for member in members}
     if not {*STORAGE_DTYPES}.issuperset(chain.from_iterable(storages)):
         return False
     reasons = [*map(cpu.refusal, storages)]

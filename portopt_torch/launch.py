@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, compress
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from portopt.kernels import cpu
 from portopt.kernels.layout import array
 from portopt.program import Program
 from portopt_torch import cuda, native
-from portopt_torch.layout import holdings
+from portopt_torch.layout import holdings, like
 from portopt_torch.plain import Member, as_scalar, host
 
 STORAGE = {
@@ -40,7 +40,8 @@ class Batch:
 
     Args:
         program: What to compute.
-        members: The parameters, none that has to go the plain way.
+        members: The parameters, none that has to go the plain way; a step passes over those that
+            have no gradient.
 
     Attributes:
         on_device: Whether the steps are counted where the host does not see it.
@@ -61,9 +62,9 @@ class Batch:
         # While these live, nothing else can come to lie at those addresses.
         slots = [[state[slot] for state in self.states] for slot in program.slots]
         self.storages = [x.untyped_storage() for x in chain(self.params, *slots)]
-        grads = [gradient(param) for param in self.params]
-        sizes = [grad.numel() * (1 + grad.is_complex()) for grad in grads]
-        stored = storage([self.params[0], grads[0], *(column[0] for column in slots)])
+        self.here = self.holdings.here
+        stored = storage([self.params[0], like(self.params), *(column[0] for column in slots)])
+        sizes = [param.numel() * (1 + param.is_complex()) for param in self.params]
         table = np.insert(self.holdings.addresses[:, :-1], 1, self.places(), axis=1)
         self._make_launches(stored, table, sizes)
         self.on_device = "step" in self.counts and self.counts["step"].is_cuda
@@ -88,7 +89,7 @@ class Batch:
         return [*map(Tensor.data_ptr, self.counts.values())]
 
     def fits(self) -> bool:
-        """Whether all is as it was but the gradients' places, which are noted."""
+        """Whether all is as it was but the gradients, whose places are noted."""
         fit = self.holdings.fit(self.step.helpers(torch.get_num_threads()))
         if not fit or self._counts_at() != self.counts_at:
             return False
@@ -96,11 +97,11 @@ class Batch:
         return True
 
     def places(self) -> Any:
-        """Where the gradients are."""
+        """Where the gradients are; 0 for none."""
         return self.holdings.addresses[:, -1]
 
     def _make_launches(self, stored: tuple[str, ...], table: Any, sizes: list[int]) -> None:
-        self.bumped = native.bump(self.objects)
+        self.bumped = native.bump(self.objects, self.here)
         first = cpu.NOTHING if self.bumped is None else self.bumped[0]
         self.step = cpu.Step(self.program, stored, table, sizes, first)
         self.make_square_sum = partial(cpu.SquareSum, stored[1], table[:, 1], sizes)
@@ -148,20 +149,22 @@ class Batch:
         if self.on_device:
             self.counts["step"] += 1 if found_inf is None else 1 - found_inf
         elif "step" in self.counts:
-            self.steps += 1
+            self.steps += self.here
         else:
-            self.steps[:] = 1
+            self.steps[self.here] = 1
         self._keep(found_inf)
         if self.bumped is None:
-            torch.autograd.graph.increment_version(self.params)
+            torch.autograd.graph.increment_version([*compress(self.params, self.here)])
         self._run(found_inf)
         if "grad" in dict(self.program.outputs):
-            torch.autograd.graph.increment_version([gradient(param) for param in self.params])
+            here = compress(self.params, self.here)
+            torch.autograd.graph.increment_version([*map(gradient, here)])
 
     def _keep(self, found_inf: Tensor | None) -> None:
         """Take over the rule's new numbers."""
         for name, value in self.program.number_outputs:
-            self.columns[name][:] = np.array([own[value] for own in self.scalars])[self.which]
+            new = np.array([own[value] for own in self.scalars])[self.which]
+            np.copyto(self.columns[name], new, where=self.here)
 
     def _run(self, found_inf: Tensor | None) -> None:
         self.step.run(self.scalars, self.which, torch.get_num_threads())
@@ -171,6 +174,9 @@ class CudaBatch(Batch):
     """A batch on a CUDA device, which never waits for it where steps are counted there."""
 
     bumped = None
+
+    def fits(self) -> bool:
+        return super().fits() and (not self.on_device or bool(self.here.all()))
 
     def _make_launches(self, stored: tuple[str, ...], table: Any, sizes: list[int]) -> None:
         device = self.params[0].device

@@ -34,13 +34,15 @@ class Holdings:
     """Parameters, their gradients and slots, and what else their states hold, as it is now.
 
     Args:
-        params: The parameters, each with a gradient.
+        params: The parameters.
         states: For each of them its state.
         slots: The names there of tensors that lie as the parameter does.
         counts: The names of what else is to stay.
 
     Attributes:
-        addresses: For each parameter where it begins, its slots, and the last gradient that fitted.
+        addresses: For each parameter where it begins, its slots, and the last gradient that fitted:
+            0 if it had none.
+        here: Whether it had one.
     """
 
     def __init__(
@@ -55,9 +57,12 @@ class Holdings:
         columns = [params, *([state[slot] for state in states] for slot in slots)]
         self._kept = [*chain.from_iterable(zip(*columns, strict=True))]
         grads = [param.grad for param in params]
-        places = [[*map(Tensor.data_ptr, column)] for column in (*columns, grads)]
+        self.here = np.array([grad is not None for grad in grads])
+        places = [[*map(Tensor.data_ptr, column)] for column in columns]
+        places.append([0 if grad is None else grad.data_ptr() for grad in grads])
         self.addresses = np.array(places, np.uint64).T.copy()
-        self._lie = _lie([*self._kept, *grads])
+        self._lie = [*map(_lies, self._kept)]
+        self._grad_kind = _kind(like(params))
 
     def fit(self, helpers: int) -> bool:
         """Whether all is as it was but the gradients, which are `Tensor`s themselves and lie alike.
@@ -72,8 +77,10 @@ class Holdings:
                 return False
         except KeyError:
             return False
-        grads = [param.grad for param in self._params]
-        if {*map(type, grads)} != {Tensor}:
+        pairs = [(param, param.grad) for param in self._params]
+        given = [(param, grad) for param, grad in pairs if grad is not None]
+        grads = [grad for _, grad in given]
+        if not {*map(type, grads)} <= {Tensor}:
             return False
         tensors = [*self._kept, *grads]
         if any(map(Tensor.is_neg, tensors)) or any(map(Tensor.is_conj, tensors)):
@@ -85,10 +92,15 @@ class Holdings:
         kept = self.addresses[:, :-1]
         if not np.array_equal(np.reshape(places[: kept.size], kept.shape), kept):
             return False
-        self.addresses[:, -1] = places[kept.size :]
-        if ((self.addresses[:, -1] == 0) != (kept[:, 0] == 0)).any():  # zeros without memory
-            return False
-        return bool(_lie(tensors) == self._lie)
+        self.here[:] = [grad is not None for _, grad in pairs]
+        self.addresses[:, -1] = 0
+        self.addresses[self.here, -1] = places[kept.size :]
+        if ((self.addresses[:, -1] == 0) != (kept[:, 0] == 0))[self.here].any():
+            return False  # zeros without memory
+        return [*map(_lies, self._kept)] == self._lie and all(
+            _kind(grad) == self._grad_kind and grad.shape == param.shape and lie_alike(grad, param)
+            for param, grad in given
+        )
 
     def _held(self) -> Iterable[Any]:
         """What the states hold.
@@ -102,9 +114,12 @@ class Holdings:
         return found if len(self._names) == 1 else chain.from_iterable(found)
 
 
-def _lie(tensors: Sequence[Tensor]) -> Any:
-    in_order = all(map(Tensor.is_contiguous, tensors)) or [*map(Tensor.stride, tensors)]
-    return [(tensor.dtype, tensor.device, tensor.shape) for tensor in tensors], in_order
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.device
+
+
+def _lies(tensor: Tensor) -> tuple[Any, ...]:
+    return *_kind(tensor), tensor.shape, tensor.stride()
 
 
 class Looked(Holdings):
@@ -119,7 +134,7 @@ class Looked(Holdings):
         shapes = [(param.dim(), *param.shape, *param.stride()) for param in self._params]
         begins = np.cumsum([0, *map(len, shapes)])[:-1]
         firsts = np.arange(0, n, _SHARE)
-        kinds = [*map(native.kind_of, (*self._kept[:columns], self._params[0].grad))]
+        kinds = [*map(native.kind_of, (*self._kept[:columns], like(self._params)))]
         arrays = {
             "known": look.known,
             "starts": np.append(np.stack([firsts, begins[firsts]], axis=1), n),
@@ -128,6 +143,7 @@ class Looked(Holdings):
             "kept": array(self._kept),
             "addresses": self.addresses,
             "grads": np.zeros(n, np.uint64),
+            "here": self.here,
             "states": array(self._states),
             "names": array(self._names),
             "entries": array(self._entries),
@@ -149,3 +165,19 @@ class Looked(Holdings):
 
 
 _SHARE = 64  # parameters that a thread looks at at once
+
+
+def like(params: Sequence[Tensor]) -> Tensor:
+    """What all gradients are to be like: one that is there, else a parameter."""
+    return next((param.grad for param in params if param.grad is not None), params[0])
+
+
+def lie_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors of one shape have their elements in the same order in memory."""
+    return one.stride() == other.stride() or _strides(one) == _strides(other)
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """The strides that matter."""
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    return [stride for stride, size in pairs if size > 1] if tensor.numel() else []

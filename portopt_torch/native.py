@@ -37,15 +37,16 @@ _KNOWN = (*_SYMBOLS, "item", "type", "none")
 
 TOLD = (
     *("known", "starts", "shapes", "kinds", "kept", "columns", "last", "addresses", "grads", "n"),
-    *("states", "names", "n_names", "entries"),
+    *("here", "states", "names", "n_names", "entries"),
 )
 """What the job of a `Look` is told: ``columns``, ``last``, ``n`` and ``n_names`` are numbers, the
 others are addresses of arrays of 64-bit words. It says 1 if something is not as it was.
 
 For each of ``n`` parameters, ``kept`` has the objects of ``columns`` tensors, it and its slots;
 ``last`` is the place of the last of them all. ``addresses`` has where these begin, and then takes
-where the gradient does. ``kinds`` has what `kind_of` tells of each column and then of gradients; of
-what stays at its address, the dtype alone is asked.
+where the gradient does, 0 for none; ``here`` takes a byte, whether there is one. ``kinds`` has what
+`kind_of` tells of each column and then of gradients; of what stays at its address, the dtype alone
+is asked.
 ``shapes`` has for each parameter its number of dimensions, its sizes and its strides, which its
 gradient and slots must have too; dimensions of one element, or none, may have any stride.
 ``starts`` has for each share its first parameter and the place of its shape; at the end ``n``.
@@ -92,7 +93,7 @@ def look() -> Look | None:
         ask_shape="\n".join(asks[len(KIND) :]),
     )
     text += pool.kernel(
-        [_told(name) for name in TOLD[:10]],
+        [_told(name) for name in TOLD[: TOLD.index("states")]],
         _LOOK.format(
             ask_grad=_call("%grad = call ptr", "grad", "ptr %impl"),
             at=places.tensor,
@@ -147,11 +148,18 @@ def _functions() -> dict[str, Any] | None:
     return None if None in functions.values() else functions
 
 
-def bump(tensors: Objects) -> tuple[cpu.First, npt.NDArray[np.uint64]] | None:
-    """What raises the version counters of tensors, as every write in place does; None if not here.
+def bump(
+    tensors: Objects, which: npt.NDArray[np.bool_]
+) -> tuple[cpu.First, npt.NDArray[np.uint64]] | None:
+    """What raises the version counters of tensors, as every write in place does.
 
     Args:
-        tensors: The tensors. They, and what comes along with the answer, must live as long.
+        tensors: The tensors.
+        which: For each of them, whether it is written to.
+
+    Returns:
+        None if there is no such thing here. The arguments, and what comes along with the answer,
+        must live as long as it.
     """
     one, places = getattr(ctypes.PyDLL(torch._C.__file__), _BUMP_ONE, None), _places()
     if one is None or places is None or any(map(Tensor.is_inference, tensors)):
@@ -163,7 +171,7 @@ def bump(tensors: Objects) -> tuple[cpu.First, npt.NDArray[np.uint64]] | None:
     )
     text = pool.function("bump", {cpu.FIRST: "ptr %known"}, body)
     address = ctypes.cast(one, ctypes.c_void_p).value
-    known = np.array([address, len(tensors), tensors.ctypes.data], np.uint64)
+    known = np.array([address, len(tensors), tensors.ctypes.data, which.ctypes.data], np.uint64)
     return cpu.First(*compiler.compiled(text, "bump"), known.ctypes.data), known
 
 
@@ -391,7 +399,11 @@ gradient:
 %none.at = getelementptr ptr, ptr %known, i64 {none}
 %none = load ptr, ptr %none.at
 %is.none = icmp eq ptr %grad.impl, %none
-br i1 %is.none, label %fail, label %classify
+%grad.address = getelementptr i64, ptr %addresses.own, i64 %columns
+br i1 %is.none, label %absent, label %classify
+absent:
+store i64 0, ptr %grad.address
+br label %noted
 classify:
 %object.at = getelementptr i8, ptr %grad.impl, i64 {object_at}
 %object.word = load i64, ptr %object.at
@@ -408,7 +420,6 @@ classified:
 br i1 %is.tensor, label %measure, label %fail
 measure:
 %grad.kind = getelementptr [{n_kind} x i64], ptr %kinds, i64 %columns
-%grad.address = getelementptr i64, ptr %addresses.own, i64 %columns
 %grad.lies = call i1 @lies(
 ptr %known, ptr %grad, ptr %grad.kind, ptr %shape, ptr %grad.address, i1 false
 )
@@ -421,6 +432,9 @@ place: ; one that stands for zeros has elements, but no memory
 %both = icmp eq i1 %param.nowhere, %grad.nowhere
 br i1 %both, label %noted, label %fail
 noted:
+%is.here = phi i8 [0, %absent], [1, %place]
+%here.at = getelementptr i8, ptr %here, i64 %i
+store i8 %is.here, ptr %here.at
 %grads.at = getelementptr ptr, ptr %grads, i64 %i
 store ptr %grad.impl, ptr %grads.at
 br label %next
@@ -468,18 +482,25 @@ ret void"""
 _BUMP = """\
 %n.at = getelementptr i64, ptr %known, i64 1
 %objects.at = getelementptr ptr, ptr %known, i64 2
+%which.at = getelementptr ptr, ptr %known, i64 3
 %function = load ptr, ptr %known
 %n = load i64, ptr %n.at
 %objects = load ptr, ptr %objects.at
+%which = load ptr, ptr %which.at
 %last = sub i64 %n, 1
 br label %next
 next:
-%i = phi i64 [0, %0], [%i.next, %raise]
+%i = phi i64 [0, %0], [%i.next, %ask], [%i.next, %raise]
 %more = icmp ult i64 %i, %n
-br i1 %more, label %raise, label %done
-raise:
+br i1 %more, label %ask, label %done
+ask:
 {fetch}
 %i.next = add i64 %i, 1
+%own.at = getelementptr i8, ptr %which, i64 %i
+%own = load i8, ptr %own.at
+%written = icmp ne i8 %own, 0
+br i1 %written, label %raise, label %next
+raise:
 %object.at = getelementptr ptr, ptr %objects, i64 %i
 %object = load ptr, ptr %object.at
 %tensor = getelementptr i8, ptr %object, i64 {at}

@@ -20,8 +20,9 @@ from portopt.rules.around import AVERAGE, initial
 from portopt.rules.base import PARAM
 from portopt.trace import specialized, trace
 from portopt_torch.launch import Batch, CudaBatch, gradient, storage
+from portopt_torch.layout import lie_alike, like
 from portopt_torch.plain import Member, host
-from portopt_torch.ways import Shape, has_address, lie_alike, overlapping, way_of
+from portopt_torch.ways import Shape, has_address, overlapping, waits, way_of
 
 if TYPE_CHECKING:
     from portopt_torch.optimizer import Optimizer
@@ -94,13 +95,13 @@ def _check_numbers(rule: Rule) -> None:
 
 
 class Plan(NamedTuple):
-    """What a step launches, as long as nothing but the gradients moves.
+    """What a step launches, as long as nothing but the gradients moves, comes or goes.
 
     Attributes:
         asked: What it does.
         contents: The parameters of each group, and all states.
         params: All parameters.
-        idle: Those of them that have no gradient.
+        idle: Those of them that must have no gradient.
         batches: The launches.
         rest: Those that do not go through a kernel.
         made: Entries of states that this plan has made.
@@ -216,28 +217,37 @@ def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
     params = [(g, param) for g, group in enumerate(groups) for param in group["params"]]
     ways: dict[int, str] = {}
     traced: dict[int, tuple[Program, Mapping[str, Shape]]] = {}
+    waiting: dict[int, Tensor] = {}
     for place, (g, param) in enumerate(params):
+        if param.grad is None and (compiling or rules[g].by_shape):
+            continue
+        shapes = shapes_of(rules[g], param)
+        program = specialized(asked.programs[g], rules[g], asked.around, param.shape)
+        if optimizer.into_grad:
+            program = _into_grad(program)
+        traced[place] = program, shapes
         if param.grad is not None:
-            shapes = shapes_of(rules[g], param)
-            program = specialized(asked.programs[g], rules[g], asked.around, param.shape)
-            if optimizer.into_grad:
-                program = _into_grad(program)
-            traced[place] = program, shapes
             ways[place] = way_of(optimizer, groups[g], program, shapes, param, compiling=compiling)
+        elif waits(optimizer, groups[g], program, param):
+            waiting[place] = param
     together = [params[place] for place, way in ways.items() if way in ("kernel", "foreach")]
-    alone = overlapping([param for _, param in together])
+    present = [param for _, param in together]
+    alone = overlapping(present)
+    if waiting:
+        overlap = overlapping([*present, *waiting.values()])
+        ways |= {place: "kernel" for place, param in waiting.items() if id(param) not in overlap}
     if any(groups[g].get("fused") and id(param) in alone for g, param in together):
         raise RuntimeError("`fused=True` is not possible: two parameters share memory")
     alike: dict[Any, list[Member]] = {}
     rest: list[Member] = []
     made: list[tuple[Tensor, str]] = []
-    for place, way in ways.items():
+    for place, way in sorted(ways.items()):
         g, param = params[place]
         program, shapes = traced[place]
         slots = program.slots
         own = state[param] if slots or optimizer.keeps_step else {}
         lacking = [name for name in slots if own.get(name) is None]
-        first = {*lacking} >= {*slots} - {AVERAGE}
+        first = place not in waiting and {*lacking} >= {*slots} - {AVERAGE}
         counts = (*(["step"] if optimizer.keeps_step else []), *program.numbers)
         for name in counts:
             if own.get(name) is None:
@@ -250,7 +260,7 @@ def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
         if way != "kernel" or takes_turns:
             rest.append(member)
             continue
-        stored = [param, gradient(param), *(own[slot] for slot in slots)]
+        stored = [param, like([param]), *(own[slot] for slot in slots)]
         places = [(own[name].device, own[name].dtype) for name in counts]
         kind = [param.device, *places, param.is_complex(), storage(stored)]
         alike.setdefault((program, *kind), []).append(member)
@@ -258,7 +268,7 @@ def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
         asked=asked,
         contents=Contents(*_contents(optimizer)),
         params=[param for _, param in params],
-        idle=[param for _, param in params if param.grad is None],
+        idle=[param for place, (_, param) in enumerate(params) if place not in ways],
         batches=[
             (CudaBatch if device.type == "cuda" else Batch)(program, members)
             for (program, device, *_), members in alike.items()

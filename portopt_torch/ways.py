@@ -13,6 +13,7 @@ from portopt.program import Program
 from portopt.rules import Around
 from portopt_torch import cuda
 from portopt_torch.launch import STORAGE, gradient, storage
+from portopt_torch.layout import lie_alike
 from portopt_torch.plain import check_dtype
 
 if TYPE_CHECKING:
@@ -56,18 +57,14 @@ def way_of(
         if value.shape != shape:
             what = "the shape" if shape is not param.shape else "its parameter's shape"
             raise RuntimeError(f"{slot} must have {what} {tuple(shape)}, has {tuple(value.shape)}")
-    foreach, fused = group.get("foreach"), group.get("fused")
+    fused = group.get("fused")
     if grad.is_sparse:
         if fused:
             raise RuntimeError("`fused=True` is not possible: a gradient is sparse")
         return "plain" if group.get("momentum") else "rows"  # whose buffer goes on everywhere
-    if compiling or group.get("differentiable"):
-        return "plain"
-    if not fused and foreach is not None:
-        return "foreach" if foreach else "plain"
-    other = "foreach" if param.is_cuda else "plain"
-    if fused is False:
-        return other
+    asked = _asked(group, param, compiling=compiling)
+    if asked is not None:
+        return asked
     in_order = [value for value in kept.values() if lie_alike(value, param)]
     counts = [state[name] for name in ("step", *program.numbers) if state.get(name) is not None]
     why = _refusal([param, grad, *in_order], counts)  # the others will be
@@ -79,7 +76,41 @@ def way_of(
         raise RuntimeError(f"`fused=True` is not possible: {why}")
     if program.elementwise:
         slow.warn("portopt_torch", why)
-    return other
+    return _beside(param)
+
+
+def waits(optimizer: Optimizer, group: Mapping[str, Any], program: Program, param: Tensor) -> bool:
+    """Whether ``param`` lacks nothing but a gradient to go through a kernel.
+
+    Where the device counts its steps it does: the host says there which have one.
+    """
+    names = [*program.slots, *program.numbers, *(["step"] if optimizer.keeps_step else [])]
+    own = optimizer.state.get(param, {})
+    if not param.requires_grad or any(own.get(name) is None for name in names):
+        return False
+    slots = [own[name] for name in program.slots]
+    counts = [own[name] for name in names if name not in program.slots]
+    return (
+        program.elementwise
+        and _asked(group, param) is None
+        and not any(count.is_cuda for count in counts)
+        and _refusal([param, *slots], counts) is None
+    )
+
+
+def _asked(group: Mapping[str, Any], param: Tensor, *, compiling: bool = False) -> str | None:
+    """The way that flags ask for; None for a kernel, where that is possible."""
+    foreach, fused = group.get("foreach"), group.get("fused")
+    if compiling or group.get("differentiable"):
+        return "plain"
+    if not fused and foreach is not None:
+        return "foreach" if foreach else "plain"
+    return _beside(param) if fused is False else None
+
+
+def _beside(param: Tensor) -> str:
+    """The way of one that does not go through a kernel."""
+    return "foreach" if param.is_cuda else "plain"
 
 
 def _check_sparse(optimizer: Optimizer, group: Mapping[str, Any], grad: Tensor) -> None:
@@ -156,14 +187,3 @@ def _extent(tensor: Tensor) -> int:
         return tensor.nbytes
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return tensor.itemsize * (1 + sum((size - 1) * stride for size, stride in pairs))
-
-
-def lie_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors of one shape have their elements in the same order in memory."""
-    return one.stride() == other.stride() or _strides(one) == _strides(other)
-
-
-def _strides(tensor: Tensor) -> list[int]:
-    """The strides that matter."""
-    pairs = zip(tensor.stride(), tensor.shape, strict=True)
-    return [stride for stride, size in pairs if size > 1] if tensor.numel() else []

@@ -66,13 +66,19 @@ begin:
 %next = add i64 %span, 1
 %soon = call i64 @llvm.umin.i64(i64 %next, i64 %final)
 {spans}
+{clear}
+%grad.at = getelementptr ptr, ptr %span.row, i64 {grad}
+%grad = load ptr, ptr %grad.at
+%no.grad = icmp eq ptr %grad, null
+br i1 %no.grad, label %end, label %enter
+enter:
 %soon.from = call i64 @llvm.umax.i64(i64 %span.length, i64 {ahead})
 {begin}
 %whole = and i64 %span.length, -{width}
 %any.whole = icmp ne i64 %whole, 0
 br i1 %any.whole, label %wide, label %rest
 wide:
-%wide.i = phi i64 [0, %begin], [%wide.next, %wide]
+%wide.i = phi i64 [0, %enter], [%wide.next, %wide]
 %ahead = add i64 %wide.i, {ahead}
 %inside = icmp ult i64 %ahead, %span.length
 %beyond = sub i64 %ahead, %soon.from
@@ -112,10 +118,10 @@ def kernel(program: Program, storage: tuple[str, ...]) -> str:
     """The kernel of a program, in LLVM assembly.
 
     Its job is told the addresses of a table, of spans and of parts. A row of the table has the
-    addresses of a tensor's operands and of its scalars, those of `Program.scalar_names` in float64.
-    A row of the spans has three int64: the tensor's row, the first
-    element, their number. The parts, int64 too, are the spans where each share begins, and how many
-    spans there are.
+    addresses of a tensor's operands and of its scalars, those of `Program.scalar_names` in float64;
+    a tensor whose gradient has address 0 is passed over. A row of the spans has three int64: the
+    tensor's row, the first element, their number. The parts, int64 too, are the spans where each
+    share begins, and how many spans there are.
 
     Args:
         program: What to compute.
@@ -145,6 +151,7 @@ def kernel(program: Program, storage: tuple[str, ...]) -> str:
         wide=body(wide),
         last=body(last),
         columns=len(dtypes) + 1,
+        grad=program.operands.index("grad"),
         width=width,
     )
 
@@ -183,14 +190,13 @@ def square_sum(dtype: str) -> str:
 
     return _text(
         locals=[f"{vector.value('sums')} = alloca {vector.type}" for vector in (wide, last)],
-        begin=[
-            *_bases({"grad": dtype}),
-            *(f"store {v.type} zeroinitializer, ptr {v.value('sums')}" for v in (wide, last)),
-        ],
+        clear=[f"store {v.type} zeroinitializer, ptr {v.value('sums')}" for v in (wide, last)],
+        begin=_bases({"grad": dtype}),
         wide=body(wide),
         last=body(last),
         end=end(),
         columns=2,
+        grad=0,
         width=width,
     )
 
@@ -201,14 +207,16 @@ def _text(
     wide: Iterable[str],
     last: Iterable[str],
     columns: int,
+    grad: int,
     width: int,
     locals: Iterable[str] = (),
+    clear: Iterable[str] = (),
     end: Iterable[str] = (),
 ) -> str:
-    parts = {"begin": begin, "wide": wide, "last": last, "end": end}
+    parts = {"clear": clear, "begin": begin, "wide": wide, "last": last, "end": end}
     lines = {name: "\n".join(part) for name, part in parts.items()}
     spans = "\n".join(_span(name, columns) for name in ("span", "soon"))
-    body = _SHARE.format(spans=spans, width=width, ahead=_AHEAD, **lines)
+    body = _SHARE.format(spans=spans, grad=grad, width=width, ahead=_AHEAD, **lines)
     return pool.kernel(["ptr %table", "ptr %spans", "ptr %parts"], body, locals)
 
 

@@ -85,6 +85,7 @@ def kernel(table, spans, found_inf):
     row = table + {columns} * tl.load(span)
     start = tl.load(span + 1)
     length = tl.load(span + 2)
+    length = tl.where(tl.load(row + {grad}) != 0, length, 0)
     if found_inf is not None:
         length = tl.where(tl.load(found_inf) == 0, length, 0)
     {head}
@@ -104,8 +105,9 @@ _SQUARE_SUMS = """\
 @triton.jit(do_not_specialize=["addresses", "stride", "spans", "sums"])
 def kernel(addresses, stride, spans, sums):
     span = spans + 3 * tl.program_id(0)
-    grad = tl.load(addresses + stride * tl.load(span)) + {size} * tl.load(span + 1)
-    length = tl.load(span + 2)
+    begin = tl.load(addresses + stride * tl.load(span))
+    grad = begin + {size} * tl.load(span + 1)
+    length = tl.where(begin != 0, tl.load(span + 2), 0)
     lanes = tl.arange(0, {block})
     total = tl.zeros(({block},), tl.float64)
     aligned = grad % {widest} == 0
@@ -163,6 +165,7 @@ def source(program: Program, storage: Sequence[str]) -> str:
         head="\n    ".join(head),
         misaligned=" + ".join(misaligned),
         columns=len(dtypes) + 1,
+        grad=program.operands.index("grad"),
         dtype=compute["dtype"],
         vector=vector,
         block=_THREADS * vector,
@@ -217,7 +220,8 @@ def launch(
         storage: See `source`.
         table: int64, shape (tensors, operands + 1), contiguous: the addresses of each tensor's
             operands, in the order of `Program.operands`, and of its row of scalars: those of
-            `Program.scalar_names`, in the dtype that is computed in.
+            `Program.scalar_names`, in the dtype that is computed in. A tensor whose gradient has
+            address 0 is passed over.
         spans: int64, shape (spans, 3), contiguous: tensor, first element, number of elements.
         found_inf: float32, one element: if it is not 0, nothing is written.
     """

@@ -11,7 +11,7 @@ from bits import assert_bits
 import portopt.optimizer
 from portopt import Optimizer
 from portopt.kernels import layout
-from portopt.rules import SGD, Adam, Around, NAdam
+from portopt.rules import SGD, Adam, Around, Momentum, NAdam
 
 pytest.importorskip("llvmlite")
 
@@ -139,7 +139,7 @@ def of_a_subclass(grads):
 GRADS = {
     # what other gradients come, and how many plans that takes: for them, and when they have gone
     "same": (lambda grads: None, 0, 0),
-    "none": (none, 1, 1),
+    "none": (none, 0, 0),
     "transposed": (transposed, 1, 1),
     "subclass": (of_a_subclass, 1, 1),
 }
@@ -162,6 +162,54 @@ def test_gradients_of_another_kind(what, plans):
         twin.step(grads)
     again = what == "transposed"  # no kernel takes it, and only kernels last
     assert made == [1, 0, counts[0], again, counts[1], 0]
+    assert_same(ours, twin)
+
+
+def replace_absent(optimizer):
+    group = optimizer.param_groups[1]["params"]
+    group["b"] = group["b"].copy()
+
+
+ABSENT = {
+    # what happens to a parameter while it has no gradient, and whether that takes another plan
+    "nothing": (lambda optimizer: None, False),
+    "its state": (lambda optimizer: optimizer.state.pop("b"), True),
+    "its slot": (lambda optimizer: optimizer.state["b"].update(exp_avg=np.ones(5)), True),
+    "its steps": (lambda optimizer: optimizer.state["b"].update(step=100), False),
+    "itself": (replace_absent, True),
+    "a setting": (change("maximize", True), True),
+    "another slot": (change("amsgrad", True), True),
+    "an average": (lambda optimizer: setattr(optimizer, "around", Around(ema_decay=0.5)), True),
+}
+
+
+@pytest.mark.parametrize(
+    "around",
+    [None, Around(clip_norm=0.5, skip_nonfinite=True, ema_decay=0.9, zero_grad=True)],
+    ids=["", "around"],
+)
+@pytest.mark.parametrize("rule", [Adam(), NAdam(lr=0.1), SGD(lr=0.1), Momentum()], ids=repr)
+@pytest.mark.parametrize("what", ABSENT)
+def test_gradients_come_and_go(what, rule, around, plans):
+    happens, another = ABSENT[what]
+    if "slot" in what and "amsgrad" not in rule.values():
+        pytest.skip("that slot is Adam's")
+    ours, twin = optimizer_of(rule, around), optimizer_of(rule, around)
+    rng, made = np.random.default_rng(1), []
+    for present in ("ac", "abc", "bc", "ac", "c", "", "ab", "abc"):
+        if present == "c":
+            happens(ours)
+            happens(twin)
+        grads = {k: x if k in present else None for k, x in grads_of(ours, rng).items()}
+        before = len(plans)
+        ours.step({k: None if x is None else x.copy() for k, x in grads.items()})
+        made.append(len(plans) - before)
+        twin._plan = None
+        twin.step(grads)
+    assert made[:4] == [1, 1, 0, 0]  # a state is made when the first gradient comes
+    assert made[4] == another
+    if not another:
+        assert not any(made[5:])
     assert_same(ours, twin)
 
 
@@ -248,17 +296,33 @@ def test_a_norm_beyond_float64_is_infinite():
         ),
     ],
 )
-def test_what_no_longer_fits_is_refused(happens, error, words):
+@pytest.mark.parametrize("away", [0, 1], ids=["", "away"])
+def test_what_no_longer_fits_is_refused(happens, error, words, away):
+    """As soon as it has a gradient."""
     ours, rng = optimizer_of(Adam()), np.random.default_rng(1)
     for _ in range(2):
         ours.step(grads_of(ours, rng))
-    before = {name: array.copy() for name, array in ours._arrays().items()}
     happens(ours)
+    for _ in range(away):
+        ours.step({**grads_of(ours, rng), "b": None})
+    before = {name: array.copy() for name, array in ours._arrays().items()}
     with pytest.raises(error, match=words):
         ours.step(grads_of(ours, rng))
     for name, array in before.items():
         assert_bits(param(ours, name), array)
-    assert [ours.state[name]["step"] for name in ("a", "c")] == [2, 2]
+    assert [ours.state[name]["step"] for name in ("a", "c")] == [2 + away] * 2
+
+
+def test_what_shares_memory_is_refused_as_soon_as_it_has_a_gradient():
+    """One parameter was replaced by a part of another while it had none."""
+    ours, rng = optimizer_of(SGD(lr=0.1)), np.random.default_rng(1)
+    ours.step(grads_of(ours, rng))
+    ours.param_groups[1]["params"]["b"] = param(ours, "a").reshape(-1)[:5]
+    ours.step({**grads_of(ours, rng), "b": None})
+    before = param(ours, "a").copy()
+    with pytest.raises(ValueError, match=r"params\['a'\] shares memory with params\['b'\]"):
+        ours.step(grads_of(ours, rng))
+    assert_bits(param(ours, "a"), before)
 
 
 # How arrays lie

@@ -127,7 +127,7 @@ def run_steps(program, storage, tensors, grads, scalars, device="cpu"):
     """Steps of `portopt_torch.cuda.Step` and the norm's square before each; returns both.
 
     Args:
-        grads: For each step a gradient for each tensor, in memory of its own.
+        grads: For each step a gradient for each tensor, in memory of its own, or None.
         scalars: For each step two results of `Program.scalars`: of the first tensor and of the
             others. At odd steps they come from the host, at even ones as tensors.
     """
@@ -135,14 +135,15 @@ def run_steps(program, storage, tensors, grads, scalars, device="cpu"):
 
     copied = partial(Tensor.to, device=device, copy=True)  # a process shares what it is handed
     memory = [{name: copied(x) for name, x in operands.items()} for operands in tensors]
-    grads = [[copied(grad) for grad in step] for step in grads]
+    grads = [[grad if grad is None else copied(grad) for grad in step] for step in grads]
     addresses = [[x.data_ptr() for x in operands.values()] for operands in memory]
     sizes = [operands["param"].numel() for operands in memory]
     step = cuda.Step(program, storage, addresses, sizes, torch.device(device))
     norm = cuda.SquareSum(storage[1], [row[1] for row in addresses], sizes, torch.device(device))
     squares = []
     for number, (moved, (first, others)) in enumerate(zip(grads, scalars, strict=True), start=1):
-        step.table[:, 1] = norm.table[:, 0] = [grad.data_ptr() for grad in moved]
+        places = [0 if grad is None else grad.data_ptr() for grad in moved]
+        step.table[:, 1] = norm.table[:, 0] = places
         if number % 2:
             step.set([first, others], [0] + [1] * (len(sizes) - 1))
         else:

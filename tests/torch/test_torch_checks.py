@@ -25,7 +25,7 @@ def ask(monkeypatch):
             pytest.skip("there is no native look here")
         monkeypatch.setattr(native, "look", look if way == "native" else lambda: None)
         if way == "python":
-            monkeypatch.setattr(native, "bump", lambda tensors: None)
+            monkeypatch.setattr(native, "bump", lambda *_: None)
 
     return choose
 
@@ -206,7 +206,7 @@ class Odd(torch.Tensor):
 HELD = {
     "nothing": (lambda params, states: None, True),
     "another-gradient": (lambda params, states: setattr(params[1], "grad", torch.ones(4)), True),
-    "no-gradient": (lambda params, states: setattr(params[1], "grad", None), False),
+    "no-gradient": (lambda params, states: setattr(params[1], "grad", None), True),
     "odd-gradient": (
         lambda params, states: setattr(params[1], "grad", torch.ones(4).as_subclass(Odd)),
         False,
@@ -249,6 +249,19 @@ def test_gradients_without_an_object_of_python(way, ask):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_gradients_come_and_go(way, ask):
+    ask(way)
+    params, _, held = made()
+    for present in ([1, 1, 1], [0, 1, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]):
+        for param, there in zip(params, present, strict=True):
+            param.grad = torch.ones_like(param) if there else None
+        assert held.fit(1)
+        assert held.here.tolist() == present
+        at = [0 if param.grad is None else param.grad.data_ptr() for param in params]
+        assert held.addresses[:, -1].tolist() == at
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_looks_hold_on_to_nothing(way, ask):
     ask(way)
     params, _, held = made()
@@ -273,7 +286,7 @@ def test_one_of_many_is_noticed_wherever_it_is(n, way, ask):
     assert held.fit(2)
     for place in range(0, n, max(n // 50, 1)):
         param = params[place]
-        param.grad = None
+        param.grad = torch.ones_like(param).as_subclass(Odd)
         assert not held.fit(2)
         param.grad = torch.ones_like(param)
         assert held.fit(2)

@@ -36,9 +36,11 @@ from twins import (
     trained,
 )
 
-from portopt import trace
+import portopt_torch.optimizer as optimizer_module
+from portopt import Around, trace
 from portopt.kernels import compiler, cpu, slow
 from portopt_torch import from_rule
+from portopt_torch import native as torch_native
 
 pytest.importorskip("llvmlite", reason="kernels are compiled by llvmlite")
 
@@ -212,14 +214,147 @@ def test_every_order_of_elements_has_numpys_bits(rule, launches):
     assert launches == [len(start) - complex_ones, complex_ones] * 4
 
 
+@pytest.fixture
+def plans(monkeypatch):
+    """The plans made."""
+    seen, make = [], optimizer_module.make_plan
+
+    def noted(*args, **flags):
+        seen.append(1)
+        return make(*args, **flags)
+
+    monkeypatch.setattr(optimizer_module, "make_plan", noted)
+    return seen
+
+
+COMING = [(67,), (5,), (3, 5), (0,)]
+PRESENT = "ac", "ac", "abcd", "bd", "acd", "", "b", "abcd"
+
+
+def coming_grads():
+    grads = make_grads(COMING, len(PRESENT))
+    for step, here in enumerate(PRESENT):
+        pairs = zip("abcd", grads[step], strict=True)
+        grads[step] = [grad if name in here else None for name, grad in pairs]
+    return grads
+
+
 @pytest.mark.parametrize("rule", SOME, ids=lambda rule: type(rule).__name__)
-def test_gradients_that_come_late_and_go(rule):
-    shapes = [(67,), (5,), (3, 5)]
-    grads = make_grads(shapes, 8)
-    for step, (a, b, c) in enumerate(grads):
-        grads[step] = [a, None if step < 3 else b, c if step % 2 else None]
-    optimizer = train(from_rule(rule)(make_params(shapes)), grads)
-    assert_same_as_numpy(optimizer, rule, make_params(shapes), grads)
+def test_gradients_come_and_go_on_one_plan(rule, plans):
+    grads = coming_grads()
+    optimizer = train(from_rule(rule)(make_params(COMING)), grads)
+    assert_same_as_numpy(optimizer, rule, make_params(COMING), grads)
+    if trace(rule).elementwise:
+        assert len(plans) <= 2  # for the states of the first, and of those that came late
+
+
+@pytest.mark.parametrize("sight", ["native", "python"])
+@pytest.mark.parametrize(
+    "around",
+    [None, Around(clip_norm=0.5, skip_nonfinite=True, ema_decay=0.9, zero_grad=True)],
+    ids=["", "around"],
+)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("SGD", {}), ("SGD", {"momentum": 0.9, "dampening": 0.5}), ("NAdam", {}), ("Adagrad", {})],
+)
+def test_what_has_no_gradient_is_left_alone(name, options, around, sight, plans, monkeypatch):
+    """Values, state and versions; as by a plan that is made anew each step."""
+    if sight == "python":
+        monkeypatch.setattr(torch_native, "look", lambda: None)
+        monkeypatch.setattr(torch_native, "bump", lambda *_: None)
+    ends = []
+    for renewed in (False, True):
+        params = make_params(COMING)
+        optimizer, made = ours(name)(params, lr=0.1, around=around, **options), []
+        for grads in coming_grads():
+            before, count = whole(optimizer), len(plans)
+            versions = [param._version for param in params]
+            if renewed:
+                optimizer._plan = None
+            train(optimizer, [grads])
+            made.append(len(plans) - count)
+            away = [place for place, grad in enumerate(grads) if grad is None]
+            after = whole(optimizer)
+            assert [before[place] for place in away] == [after[place] for place in away]
+            raised = [param._version - old for param, old in zip(params, versions, strict=True)]
+            assert raised == [int(grad is not None) for grad in grads]
+        assert sum(made) == len(made) if renewed else sum(made) <= 2
+        ends.append(optimizer)
+    assert_twins_agree(*ends, "same")
+
+
+def whole(optimizer):
+    """For each parameter its values and state."""
+    state_dict, params = snapshot(optimizer)
+    return [(x, state_dict["state"].get(place)) for place, x in enumerate(params[0])]
+
+
+AWAY = {
+    # what happens to a parameter while it has no gradient
+    "nothing": lambda optimizer, param: None,
+    "state": lambda optimizer, param: optimizer.state.pop(param),
+    "entry": lambda optimizer, param: optimizer.state[param].pop("exp_avg"),
+    "slot": lambda optimizer, param: optimizer.state[param].update(exp_avg=torch.ones(5)),
+    "shape": lambda optimizer, param: optimizer.state[param].update(exp_avg=torch.ones(5, 1)),
+    "order": lambda optimizer, param: optimizer.state[param].update(
+        exp_avg=torch.ones(10)[::2].clone()
+    ),
+    "steps": lambda optimizer, param: optimizer.state[param]["step"].fill_(100),
+    "count": lambda optimizer, param: optimizer.state[param].update(step=torch.tensor(100.0)),
+    "memory": lambda optimizer, param: setattr(param, "data", param.data.clone()),
+    "frozen": lambda optimizer, param: param.requires_grad_(False),
+    "dtype": lambda optimizer, param: setattr(param, "data", param.data.double()),
+    "shared": lambda optimizer, param: setattr(
+        param, "data", optimizer.param_groups[0]["params"][0].data[:5]
+    ),
+    "lr": lambda optimizer, param: optimizer.param_groups[0].update(lr=0.5),
+    "average": lambda optimizer, param: setattr(optimizer, "around", Around(ema_decay=0.5)),
+    "amsgrad": lambda optimizer, param: optimizer.param_groups[0].update(amsgrad=True),
+    "gone": lambda optimizer, param: (
+        optimizer.param_groups[0]["params"].pop(1),
+        optimizer.state.pop(param),
+    ),
+}
+
+
+@pytest.mark.parametrize("away", AWAY)
+def test_what_happens_to_one_without_a_gradient(away):
+    """As by a plan that is made anew each step; also the errors are the same."""
+    ends, said = [], []
+    for renewed in (False, True):
+        params = make_params(COMING)
+        optimizer = ours("Adam")(params, lr=0.1)
+        for step, grads in enumerate(make_grads(COMING, 6)):
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = None
+                if param is not params[1] or step not in (2, 3):
+                    param.grad = grad.to(param.dtype)
+            if step == 3:
+                AWAY[away](optimizer, params[1])
+            if renewed:
+                optimizer._plan = None
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                said.append((step, str(error)))
+        ends.append(optimizer)
+    assert_twins_agree(*ends, "same")
+    assert said[: len(said) // 2] == said[len(said) // 2 :]
+    assert [step for step, _ in said] == ([4, 5] * 2 if away == "shape" else [])
+
+
+def test_groups_that_take_turns_keep_one_plan(plans):
+    """As those of two networks that train one another."""
+    groups = [{"params": make_params(), "weight_decay": decay} for decay in (0.0, 0.1)]
+    optimizer = ours("AdamW")(groups, lr=0.1)
+    for step in range(6):
+        for place, group in enumerate(optimizer.param_groups):
+            for param in group["params"]:
+                param.grad = torch.ones_like(param) if step % 2 == place else None
+        optimizer.step()
+    assert len(plans) == 2
+    assert {float(state["step"]) for state in optimizer.state.values()} == {3.0}
 
 
 def test_every_group_has_its_own_numbers(launches):
