@@ -59,11 +59,22 @@ def contenders(case: Case) -> list[Contender]:
             OURS: lambda: getattr(portopt_tf, name)(**arguments),
             "keras": lambda: getattr(keras.optimizers, name)(**arguments),
         }
+    before = _before()
     return [
-        Contender(mode, name, path(make, wrap))
+        Contender(mode, name, path(make, wrap), before)
         for mode, wrap in modes(case).items()
         for name, make in paths.items()
     ]
+
+
+def _before() -> Step:
+    """What is done before each step: on PyTorch its threads are awake behind a backward pass."""
+    if keras.backend.backend() != "torch":
+        return lambda: None
+    import torch
+
+    numbers = torch.zeros(1 << 20)
+    return lambda: numbers.add_(1.0)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ It has the functions of `portopt_tf.memory_tensorflow`.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -14,6 +15,10 @@ import torch
 from keras.backend import standardize_dtype
 from keras.src.backend.common.stateless_scope import in_stateless_scope  # nothing public tells
 from torch import Tensor
+
+from portopt.kernels import pool
+
+pool.join(ctypes.PyDLL(torch._C.__file__))
 
 Found: TypeAlias = tuple[Sequence[Tensor], npt.NDArray[np.uint64]]
 

@@ -18,6 +18,7 @@ import portopt
 import portopt_torch
 from portopt.bench import OURS, RULES, TAILS, Case, Contender, Step, answer
 
+SMALL = "1000x32x32"
 MODES = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 SCALE, NORM, DECAY = 1024.0, 1.0, 0.999
 
@@ -50,18 +51,34 @@ def paths(case: Case, params: list[Tensor], grads: list[Tensor]) -> list[Contend
 
     contest = RULES[case.rule]
     if contest.torch is None:
-        return [Contender("step", OURS, path(portopt_torch.from_rule(contest.rule)))]
-    name, arguments = contest.torch
-    native = getattr(torch.optim, name)
-    found = [Contender("step", OURS, path(getattr(portopt_torch, name), **arguments))]
-    found += [
-        Contender("step", mode, path(native, **arguments, **flags))
-        for mode, flags in MODES.items()
-        if flags.keys() <= inspect.signature(native).parameters.keys()
-    ]
-    if case.compiled and shutil.which(os.environ.get("CXX", "g++")):
-        found.append(Contender("step", "compiled", path(native, compiled=True, **arguments)))
+        made = {OURS: path(portopt_torch.from_rule(contest.rule))}
+    else:
+        name, arguments = contest.torch
+        native = getattr(torch.optim, name)
+        made = {OURS: path(getattr(portopt_torch, name), **arguments)}
+        made |= {
+            mode: path(native, **arguments, **flags)
+            for mode, flags in MODES.items()
+            if flags.keys() <= inspect.signature(native).parameters.keys()
+        }
+        if case.compiled and shutil.which(os.environ.get("CXX", "g++")):
+            made["compiled"] = path(native, compiled=True, **arguments)
+    found = [Contender("step", title, make, wake) for title, make in made.items()]
+    if case.mix == SMALL:  # a model of such tensors alone may never wake them
+        found += [Contender("asleep", title, make) for title, make in made.items()]
     return found
+
+
+def wake() -> None:
+    """Have PyTorch's threads do something, as a backward pass does.
+
+    For some milliseconds after that they look for more, and share the processors with whoever else
+    is at work.
+    """
+    _numbers.add_(1.0)
+
+
+_numbers = torch.zeros(1 << 20)
 
 
 def tails(params: list[Tensor], scaled: list[Tensor], *, zeroed: bool) -> list[Contender]:
@@ -79,6 +96,7 @@ def tails(params: list[Tensor], scaled: list[Tensor], *, zeroed: bool) -> list[C
         torch._foreach_copy_(grads, scaled)
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
+        wake()
 
     def ours() -> Step:
         around = portopt.Around(grad_scale=SCALE, clip_norm=NORM, ema_decay=DECAY, zero_grad=zeroed)

@@ -20,6 +20,8 @@ from portopt.kernels import compiler, cpu, pool
 from portopt.kernels.layout import Objects
 from portopt.kernels.loops import fetch
 
+pool.join(ctypes.PyDLL(torch._C.__file__))
+
 KIND = ("dtype", "layout", "device_type", "device_index")
 _SHAPE = ("dim", "sizes", "strides", "data_ptr")
 _ASKED = (*KIND, *_SHAPE)

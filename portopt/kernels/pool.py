@@ -4,6 +4,8 @@ A thread waits in compiled code, at a lock of its own, and never asks for Python
 while Python still is. A job has shares of work, which threads take one by one; who comes late finds
 none left. So a thread that the system lets wait costs nothing: nobody waits for it unless it is at
 work.
+
+Where OpenMP's threads are in the process as well, they do the jobs (`join`).
 """
 
 from __future__ import annotations
@@ -78,13 +80,14 @@ class Job:
         """Do all shares; when it returns or raises, no thread is at work on them any more.
 
         Args:
-            helpers: How many other threads may take part.
+            helpers: How many other threads may take part; OpenMP's have a number of their own.
             locked: Whether to keep Python's lock meanwhile.
 
         Returns:
             What the kernel or ``first`` says, else 0.
         """
-        boxes, count = _boxes(helpers) if helpers > 0 else (0, 0)
+        openmp = _openmp if helpers > 0 else 0
+        boxes, count = _boxes(helpers) if helpers > 0 and not openmp else (0, 0)
         run = _functions().run_locked if locked else _functions().run
         # If another thread does the same, it has the memory.
         words = self._memory.pop() if self._memory else self._filled()
@@ -93,7 +96,7 @@ class Job:
         done, interrupt = 0, None
         while done < self._shares:
             try:
-                done = run(at, boxes, count)
+                done = run(at, boxes, count, openmp)
                 if done < self._shares:  # a helper is still at its last share
                     time.sleep(0)
             except BaseException as error:  # what the caller then sees must be whole
@@ -103,6 +106,25 @@ class Job:
         if interrupt is not None:
             raise interrupt
         return said
+
+
+def join(library: ctypes.CDLL) -> None:
+    """Have OpenMP's threads do all jobs from now on, if a library has GNU's OpenMP or one alike.
+
+    After each of its loops they look for another one for some milliseconds, and threads of ours
+    would have to share the processors with them.
+
+    Args:
+        library: The library that has them work.
+    """
+    global _openmp
+    function = getattr(library, "GOMP_parallel", None)
+    if function is not None:
+        _openmp = ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+_openmp = 0
+"""Where ``GOMP_parallel`` begins; 0 for threads of ours."""
 
 
 def kernel(arguments: Sequence[str], body: str, locals: Iterable[str] = ()) -> str:
@@ -232,21 +254,27 @@ def _boxes(helpers: int) -> tuple[int, int]:
     return _team.at, min(_team.count, helpers)
 
 
-def _forget_team() -> None:
-    """In the child of a fork: it has none of its parent's threads."""
-    global _team
-    _team = None
+def _forget_threads() -> None:
+    """In the child of a fork: it has none of its parent's, and OpenMP would wait for them."""
+    global _team, _openmp
+    _team, _openmp = None, 0
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_team)
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 class _Functions(NamedTuple):
-    """``run(job, boxes, n)`` without Python's lock and with it; where ``serve(box)`` begins."""
+    """What is compiled here.
 
-    run: Callable[[int, int, int], int]
-    run_locked: Callable[[int, int, int], int]
+    Attributes:
+        run: ``run(job, boxes, n, openmp)``, without Python's lock.
+        run_locked: The same, with it.
+        serve: Where ``serve(box)`` begins.
+    """
+
+    run: Callable[[int, int, int, int], int]
+    run_locked: Callable[[int, int, int, int], int]
     serve: int
 
 
@@ -263,7 +291,8 @@ def _functions() -> _Functions:
         pause=next(pauses, ""),
     )
     run, serve = compiler.compiled(text, "run", "serve")
-    kinds = ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    kinds = integer, pointer, pointer, integer, pointer
     return _Functions(ctypes.CFUNCTYPE(*kinds)(run), ctypes.PYFUNCTYPE(*kinds)(run), serve)
 
 
@@ -299,7 +328,7 @@ ret i64 %job.total
 """
 
 _FUNCTIONS = """\
-define i64 @run(ptr %job, ptr %boxes, i64 %n) {{
+define i64 @run(ptr %job, ptr %boxes, i64 %n, ptr %openmp) {{
 {job}
 %shares = load i64, ptr %job.shares
 %kernel = load ptr, ptr %job.kernel
@@ -340,9 +369,15 @@ br label %tell
 own:
 %own.function = load ptr, ptr %job.first
 %none = icmp eq ptr %own.function, null
-br i1 %none, label %work, label %do.own
+br i1 %none, label %own.done, label %do.own
 do.own:
 call void %own.function(ptr %job)
+br label %own.done
+own.done:
+%no.openmp = icmp eq ptr %openmp, null
+br i1 %no.openmp, label %work, label %gather
+gather: ; as many as OpenMP has
+call void %openmp(ptr %kernel, ptr %job, i32 0, i32 0)
 br label %work
 work:
 %part = call i64 %kernel(ptr %job)
