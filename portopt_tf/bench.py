@@ -59,22 +59,17 @@ def contenders(case: Case) -> list[Contender]:
             OURS: lambda: getattr(portopt_tf, name)(**arguments),
             "keras": lambda: getattr(keras.optimizers, name)(**arguments),
         }
-    before = _before()
+    numbers = keras.ops.zeros(1 << 20)
+
+    def wake() -> None:
+        """Have the backend's threads do something, as a backward pass does."""
+        keras.ops.add(numbers, 1.0)
+
     return [
-        Contender(mode, name, path(make, wrap), before)
+        Contender(mode, name, path(make, wrap), wake)
         for mode, wrap in modes(case).items()
         for name, make in paths.items()
     ]
-
-
-def _before() -> Step:
-    """What is done before each step: on PyTorch its threads are awake behind a backward pass."""
-    if keras.backend.backend() != "torch":
-        return lambda: None
-    import torch
-
-    numbers = torch.zeros(1 << 20)
-    return lambda: numbers.add_(1.0)
 
 
 if __name__ == "__main__":

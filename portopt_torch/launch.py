@@ -15,7 +15,7 @@ from portopt.kernels import cpu
 from portopt.kernels.layout import array
 from portopt.program import Program
 from portopt_torch import cuda, native
-from portopt_torch.layout import holdings, like
+from portopt_torch.layout import addresses, holdings, like
 from portopt_torch.plain import Member, as_scalar, host
 
 STORAGE = {
@@ -44,6 +44,7 @@ class Batch:
             have no gradient.
 
     Attributes:
+        here: For each parameter, whether it has a gradient.
         on_device: Whether the steps are counted where the host does not see it.
     """
 
@@ -58,15 +59,16 @@ class Batch:
         counting = ["step"] if "step" in self.states[0] else []
         self.counts = {name: self._side_by_side(name) for name in (*counting, *program.numbers)}
         self.counts_at = self._counts_at()
-        self.holdings = holdings(self.params, self.states, program.slots, [*self.counts])
         # While these live, nothing else can come to lie at those addresses.
         slots = [[state[slot] for state in self.states] for slot in program.slots]
         self.storages = [x.untyped_storage() for x in chain(self.params, *slots)]
-        self.here = self.holdings.here
         stored = storage([self.params[0], like(self.params), *(column[0] for column in slots)])
         sizes = [param.numel() * (1 + param.is_complex()) for param in self.params]
-        table = np.insert(self.holdings.addresses[:, :-1], 1, self.places(), axis=1)
-        self._make_launches(stored, table, sizes)
+        self.here = np.array([param.grad is not None for param in self.params])
+        self._make_launches(stored, addresses(self.params, slots), sizes)
+        counts = [*self.counts]
+        held = self.params, self.states, program.slots, counts, self.step.table, self.here
+        self.holdings = holdings(*held)
         self.on_device = "step" in self.counts and self.counts["step"].is_cuda
         self.columns = {} if self.on_device else {k: v.numpy() for k, v in self.counts.items()}
         self.steps = self.columns.pop("step", np.zeros(0))
@@ -91,14 +93,11 @@ class Batch:
     def fits(self) -> bool:
         """Whether all is as it was but the gradients, whose places are noted."""
         fit = self.holdings.fit(self.step.helpers(torch.get_num_threads()))
-        if not fit or self._counts_at() != self.counts_at:
-            return False
-        self.step.table[:, 1] = self.places()
-        return True
+        return fit and self._counts_at() == self.counts_at
 
     def places(self) -> Any:
         """Where the gradients are; 0 for none."""
-        return self.holdings.addresses[:, -1]
+        return self.step.table[:, 1]
 
     def _make_launches(self, stored: tuple[str, ...], table: Any, sizes: list[int]) -> None:
         self.bumped = native.bump(self.objects, self.here)
@@ -108,7 +107,7 @@ class Batch:
 
     def sum_squares(self) -> Any:
         """The sum of squares of all gradients: a number, or a tensor of one on the device."""
-        self.square_sum.table[:, 0] = self.step.table[:, 1]
+        self.square_sum.table[:, 0] = self.places()
         return self._sum_squares()
 
     @cached_property

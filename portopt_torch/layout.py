@@ -9,25 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from portopt.kernels import pool
 from portopt.kernels.layout import array
 from portopt_torch import native
 
+Table: TypeAlias = npt.NDArray[np.uint64]
+
 
 def holdings(
-    params: Sequence[Tensor],
-    states: Sequence[Mapping[str, Any]],
-    slots: Sequence[str],
-    counts: Sequence[str],
+    params: Sequence[Tensor], states: Sequence[Mapping[str, Any]], *others: Any
 ) -> Holdings:
     """What a batch works on; the arguments are those of `Holdings`."""
     looks = native.look() is not None and {*map(type, states)} == {dict}
-    return (Looked if looks else Holdings)(params, states, slots, counts)
+    return (Looked if looks else Holdings)(params, states, *others)
 
 
 class Holdings:
@@ -38,11 +38,9 @@ class Holdings:
         states: For each of them its state.
         slots: The names there of tensors that lie as the parameter does.
         counts: The names of what else is to stay.
-
-    Attributes:
-        addresses: For each parameter where it begins, its slots, and the last gradient that fitted:
-            0 if it had none.
-        here: Whether it had one.
+        table: For each parameter where it, its gradient and its slots begin, as `addresses` finds
+            it, and what else may follow. A look notes where the gradients are.
+        here: Whether each has one: a look notes that, too.
     """
 
     def __init__(
@@ -51,16 +49,14 @@ class Holdings:
         states: Sequence[Mapping[str, Any]],
         slots: Sequence[str],
         counts: Sequence[str],
+        table: Table,
+        here: npt.NDArray[np.bool_],
     ) -> None:
+        self._table, self._here = table, here
         self._params, self._states, self._names = params, states, (*slots, *counts)
         self._entries = [*self._held()]
         columns = [params, *([state[slot] for state in states] for slot in slots)]
         self._kept = [*chain.from_iterable(zip(*columns, strict=True))]
-        grads = [param.grad for param in params]
-        self.here = np.array([grad is not None for grad in grads])
-        places = [[*map(Tensor.data_ptr, column)] for column in columns]
-        places.append([0 if grad is None else grad.data_ptr() for grad in grads])
-        self.addresses = np.array(places, np.uint64).T.copy()
         self._lie = [*map(_lies, self._kept)]
         self._grad_kind = _kind(like(params))
 
@@ -89,13 +85,14 @@ class Holdings:
             places = [*map(Tensor.data_ptr, tensors)]
         except RuntimeError:  # one has no address, as a sparse one
             return False
-        kept = self.addresses[:, :-1]
+        width = len(self._kept) // len(self._params)
+        kept = np.delete(self._table, 1, axis=1)[:, :width]
         if not np.array_equal(np.reshape(places[: kept.size], kept.shape), kept):
             return False
-        self.here[:] = [grad is not None for _, grad in pairs]
-        self.addresses[:, -1] = 0
-        self.addresses[self.here, -1] = places[kept.size :]
-        if ((self.addresses[:, -1] == 0) != (kept[:, 0] == 0))[self.here].any():
+        self._here[:] = [grad is not None for _, grad in pairs]
+        self._table[:, 1] = 0
+        self._table[self._here, 1] = places[kept.size :]
+        if ((self._table[:, 1] == 0) != (self._table[:, 0] == 0))[self._here].any():
             return False  # zeros without memory
         return [*map(_lies, self._kept)] == self._lie and all(
             _kind(grad) == self._grad_kind and grad.shape == param.shape and lie_alike(grad, param)
@@ -130,7 +127,7 @@ class Looked(Holdings):
         look, n = native.look(), len(self._params)
         if look is None:
             raise RuntimeError("there is no compiled look here")
-        columns = self.addresses.shape[1] - 1
+        columns = len(self._kept) // n
         shapes = [(param.dim(), *param.shape, *param.stride()) for param in self._params]
         begins = np.cumsum([0, *map(len, shapes)])[:-1]
         firsts = np.arange(0, n, _SHARE)
@@ -141,16 +138,16 @@ class Looked(Holdings):
             "shapes": np.fromiter(chain.from_iterable(shapes), np.int64),
             "kinds": np.array(kinds, np.int64),
             "kept": array(self._kept),
-            "addresses": self.addresses,
+            "table": self._table,
             "grads": np.zeros(n, np.uint64),
-            "here": self.here,
+            "here": self._here,
             "states": array(self._states),
             "names": array(self._names),
             "entries": array(self._entries),
         }
         told = {name: each.ctypes.data for name, each in arrays.items()}
-        told |= {"columns": columns, "last": columns * n - 1, "n": n}
-        told |= {"n_names": len(self._names)}
+        told |= {"columns": columns, "last": columns * n - 1, "width": self._table.shape[1]}
+        told |= {"n": n, "n_names": len(self._names)}
         self._alive = arrays
         self._job = pool.Job(
             look.tensors,
@@ -165,6 +162,13 @@ class Looked(Holdings):
 
 
 _SHARE = 64  # parameters that a thread looks at at once
+
+
+def addresses(params: Sequence[Tensor], slots: Sequence[Sequence[Tensor]]) -> Table:
+    """Where parameters begin, their gradients, 0 for none, and their slots: for each a row."""
+    grads = [0 if param.grad is None else param.grad.data_ptr() for param in params]
+    first, *others = ([*map(Tensor.data_ptr, column)] for column in (params, *slots))
+    return np.array([first, grads, *others], np.uint64).T
 
 
 def like(params: Sequence[Tensor]) -> Tensor:

@@ -38,17 +38,17 @@ _KNOWN = (*_SYMBOLS, "item", "type", "none")
 """What a look is told of the process: functions, the class `Tensor`, the C++ tensor for none."""
 
 TOLD = (
-    *("known", "starts", "shapes", "kinds", "kept", "columns", "last", "addresses", "grads", "n"),
-    *("here", "states", "names", "n_names", "entries"),
+    *("known", "starts", "shapes", "kinds", "kept", "columns", "last", "table", "width", "grads"),
+    *("n", "here", "states", "names", "n_names", "entries"),
 )
 """What the job of a `Look` is told: ``columns``, ``last``, ``n`` and ``n_names`` are numbers, the
 others are addresses of arrays of 64-bit words. It says 1 if something is not as it was.
 
 For each of ``n`` parameters, ``kept`` has the objects of ``columns`` tensors, it and its slots;
-``last`` is the place of the last of them all. ``addresses`` has where these begin, and then takes
-where the gradient does, 0 for none; ``here`` takes a byte, whether there is one. ``kinds`` has what
-`kind_of` tells of each column and then of gradients; of what stays at its address, the dtype alone
-is asked.
+``last`` is the place of the last of them all. A row of ``table``, of ``width`` words, has where the
+parameter begins, takes where the gradient does, 0 for none, and has where the slots do; ``here``
+takes a byte, whether there is a gradient. ``kinds`` has what `kind_of` tells of each column and
+then of gradients; of what stays at its address, the dtype alone is asked.
 ``shapes`` has for each parameter its number of dimensions, its sizes and its strides, which its
 gradient and slots must have too; dimensions of one element, or none, may have any stride.
 ``starts`` has for each share its first parameter and the place of its shape; at the end ``n``.
@@ -57,7 +57,7 @@ gradient and slots must have too; dimensions of one element, or none, may have a
 what ``entries`` has. ``grads`` has the addresses of the last gradients' C++ tensors, as those of
 the next will often be the same.
 """
-_NUMBERS = ("columns", "last", "n", "n_names")
+_NUMBERS = ("columns", "last", "width", "n", "n_names")
 
 
 class Look(NamedTuple):
@@ -345,7 +345,6 @@ open:
 %shape.in = load i64, ptr %start.shape
 %end = load i64, ptr %stop
 %shape.first = getelementptr i64, ptr %shapes, i64 %shape.in
-%width = add i64 %columns, 1
 br label %next
 next:
 %i = phi i64 [%first, %open], [%i.next, %noted]
@@ -358,8 +357,9 @@ begin:
 %shape.words = getelementptr i64, ptr %shape, i64 1
 %shape.next = getelementptr [2 x i64], ptr %shape.words, i64 %dim
 %row = mul i64 %i, %columns
-%addresses.in = mul i64 %i, %width
-%addresses.own = getelementptr i64, ptr %addresses, i64 %addresses.in
+%table.in = mul i64 %i, %width
+%table.row = getelementptr i64, ptr %table, i64 %table.in
+%grad.address = getelementptr i64, ptr %table.row, i64 1
 %soon.later = add i64 %i, 8
 %soon.final = sub i64 %n, 1
 %soon.i = call i64 @llvm.umin.i64(i64 %soon.later, i64 %soon.final)
@@ -379,7 +379,10 @@ tensor:
 %kept.object = load ptr, ptr %kept.at
 %kept.tensor = getelementptr i8, ptr %kept.object, i64 {at}
 %kept.kind = getelementptr [{n_kind} x i64], ptr %kinds, i64 %c
-%kept.address = getelementptr i64, ptr %addresses.own, i64 %c
+%is.slot = icmp ne i64 %c, 0 ; behind the gradient's column
+%past.grad = zext i1 %is.slot to i64
+%kept.column = add i64 %c, %past.grad
+%kept.address = getelementptr i64, ptr %table.row, i64 %kept.column
 %before = load i64, ptr %kept.address
 %kept.lies = call i1 @lies(
 ptr %known, ptr %kept.tensor, ptr %kept.kind, ptr %shape, ptr %kept.address,
@@ -401,7 +404,6 @@ gradient:
 %none.at = getelementptr ptr, ptr %known, i64 {none}
 %none = load ptr, ptr %none.at
 %is.none = icmp eq ptr %grad.impl, %none
-%grad.address = getelementptr i64, ptr %addresses.own, i64 %columns
 br i1 %is.none, label %absent, label %classify
 absent:
 store i64 0, ptr %grad.address
@@ -427,7 +429,7 @@ ptr %known, ptr %grad, ptr %grad.kind, ptr %shape, ptr %grad.address, i1 false
 )
 br i1 %grad.lies, label %place, label %fail
 place: ; one that stands for zeros has elements, but no memory
-%param.address = load i64, ptr %addresses.own
+%param.address = load i64, ptr %table.row
 %grad.begin = load i64, ptr %grad.address
 %param.nowhere = icmp eq i64 %param.address, 0
 %grad.nowhere = icmp eq i64 %grad.begin, 0

@@ -25,12 +25,16 @@ LINGER = 20_000
 
 _Words: TypeAlias = "ctypes.Array[ctypes.c_int64]"
 
-_JOB = ("kernel", "first", "linger", "shares", "begun", "said", "told", "left", "taken", "done")
+_JOB = (
+    *("kernel", "first", "linger", "shares", "openmp"),
+    *("begun", "said", "told", "left", "taken", "done"),
+)
 """What the memory of a job begins with, in words of 64 bits; what its kernel is told follows.
 
-``begun``: whether threads have been told of it; ``said``: 0, or what the kernel or the caller's
-function says; ``told``: how many threads ever were; ``left``: how many of these have done with it.
-``taken`` and ``done``: how many of the ``shares`` are.
+``openmp``: the address of `_openmp`, if its threads do the job, else 0; ``begun``: whether threads
+have been told of it; ``said``: 0, or what the kernel or the caller's function says; ``told``: how
+many threads ever were; ``left``: how many of these have done with it. ``taken`` and ``done``: how
+many of the ``shares`` are.
 """
 _JOB_WORDS = 32
 _BOX = ("job", "lock", "acquire", "release")
@@ -86,17 +90,17 @@ class Job:
         Returns:
             What the kernel or ``first`` says, else 0.
         """
-        openmp = _openmp if helpers > 0 else 0
-        boxes, count = _boxes(helpers) if helpers > 0 and not openmp else (0, 0)
+        openmp = _openmp if helpers > 0 else None
+        boxes, count = _boxes(helpers) if helpers > 0 and openmp is None else (0, 0)
         run = _functions().run_locked if locked else _functions().run
         # If another thread does the same, it has the memory.
         words = self._memory.pop() if self._memory else self._filled()
         at = ctypes.addressof(words)
-        words[_BEGUN] = 0
+        words[_BEGUN], words[_OPENMP] = 0, ctypes.addressof(openmp) if openmp else 0
         done, interrupt = 0, None
         while done < self._shares:
             try:
-                done = run(at, boxes, count, openmp)
+                done = run(at, boxes, count)
                 if done < self._shares:  # a helper is still at its last share
                     time.sleep(0)
             except BaseException as error:  # what the caller then sees must be whole
@@ -118,13 +122,14 @@ def join(library: ctypes.CDLL) -> None:
         library: The library that has them work.
     """
     global _openmp
-    function = getattr(library, "GOMP_parallel", None)
-    if function is not None:
-        _openmp = ctypes.cast(function, ctypes.c_void_p).value or 0
+    names = "GOMP_parallel", "omp_get_thread_num"
+    if all(hasattr(library, name) for name in names):
+        found = [ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in names]
+        _openmp = (ctypes.c_void_p * 2)(*found)
 
 
-_openmp = 0
-"""Where ``GOMP_parallel`` begins; 0 for threads of ours."""
+_openmp: ctypes.Array[ctypes.c_void_p] | None = None
+"""Where functions begin that have all threads call a function, and number them; None for ours."""
 
 
 def kernel(arguments: Sequence[str], body: str, locals: Iterable[str] = ()) -> str:
@@ -178,6 +183,7 @@ def _fields(of: str, kind: str, names: Sequence[str], all_names: Sequence[str]) 
 
 
 _BEGUN, _SAID, _TOLD, _LEFT = map(_JOB.index, ("begun", "said", "told", "left"))
+_OPENMP = _JOB.index("openmp")
 _unused: list[_Words] = []
 
 
@@ -257,7 +263,7 @@ def _boxes(helpers: int) -> tuple[int, int]:
 def _forget_threads() -> None:
     """In the child of a fork: it has none of its parent's, and OpenMP would wait for them."""
     global _team, _openmp
-    _team, _openmp = None, 0
+    _team, _openmp = None, None
 
 
 if hasattr(os, "register_at_fork"):
@@ -268,13 +274,13 @@ class _Functions(NamedTuple):
     """What is compiled here.
 
     Attributes:
-        run: ``run(job, boxes, n, openmp)``, without Python's lock.
+        run: ``run(job, boxes, n)``, without Python's lock.
         run_locked: The same, with it.
         serve: Where ``serve(box)`` begins.
     """
 
-    run: Callable[[int, int, int, int], int]
-    run_locked: Callable[[int, int, int, int], int]
+    run: Callable[[int, int, int], int]
+    run_locked: Callable[[int, int, int], int]
     serve: int
 
 
@@ -291,8 +297,7 @@ def _functions() -> _Functions:
         pause=next(pauses, ""),
     )
     run, serve = compiler.compiled(text, "run", "serve")
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    kinds = integer, pointer, pointer, integer, pointer
+    kinds = ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64
     return _Functions(ctypes.CFUNCTYPE(*kinds)(run), ctypes.PYFUNCTYPE(*kinds)(run), serve)
 
 
@@ -328,7 +333,7 @@ ret i64 %job.total
 """
 
 _FUNCTIONS = """\
-define i64 @run(ptr %job, ptr %boxes, i64 %n, ptr %openmp) {{
+define i64 @run(ptr %job, ptr %boxes, i64 %n) {{
 {job}
 %shares = load i64, ptr %job.shares
 %kernel = load ptr, ptr %job.kernel
@@ -367,17 +372,15 @@ br label %is.told
 is.told:
 br label %tell
 own:
-%own.function = load ptr, ptr %job.first
-%none = icmp eq ptr %own.function, null
-br i1 %none, label %own.done, label %do.own
-do.own:
-call void %own.function(ptr %job)
-br label %own.done
-own.done:
-%no.openmp = icmp eq ptr %openmp, null
-br i1 %no.openmp, label %work, label %gather
-gather: ; as many as OpenMP has
-call void %openmp(ptr %kernel, ptr %job, i32 0, i32 0)
+%openmp = load ptr, ptr %job.openmp
+%none = icmp eq ptr %openmp, null
+br i1 %none, label %alone, label %together
+together:
+%parallel = load ptr, ptr %openmp
+call void %parallel(ptr @member, ptr %job, i32 0, i32 0) ; as many as OpenMP has
+br label %work
+alone:
+call void @first(ptr %job)
 br label %work
 work:
 %part = call i64 %kernel(ptr %job)
@@ -412,6 +415,33 @@ is.back:
 br label %take.back
 end:
 ret i64 %done
+}}
+define private void @first(ptr %job) {{
+{job}
+%function = load ptr, ptr %job.first
+%none = icmp eq ptr %function, null
+br i1 %none, label %done, label %do
+do:
+call void %function(ptr %job)
+br label %done
+done:
+ret void
+}}
+define private void @member(ptr %job) {{
+{job}
+%kernel = load ptr, ptr %job.kernel
+%openmp = load ptr, ptr %job.openmp
+%number.at = getelementptr ptr, ptr %openmp, i64 1
+%number.function = load ptr, ptr %number.at
+%number = call i32 %number.function()
+%is.caller = icmp eq i32 %number, 0
+br i1 %is.caller, label %begin, label %work
+begin:
+call void @first(ptr %job)
+br label %work
+work:
+%done = call i64 %kernel(ptr %job)
+ret void
 }}
 define void @serve(ptr %box) {{
 {box}

@@ -43,7 +43,7 @@ def eight(monkeypatch):
     """More threads than processors, so that some come late."""
     monkeypatch.setattr(pool.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(pool, "_team", None)
-    monkeypatch.setattr(pool, "_openmp", 0)
+    monkeypatch.setattr(pool, "_openmp", None)
 
 
 def job(shares, rounds=1, **more):

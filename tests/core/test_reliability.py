@@ -224,7 +224,7 @@ def team(monkeypatch):
     """No threads yet, but up to eight to come."""
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(pool, "_team", None)
-    monkeypatch.setattr(pool, "_openmp", 0)
+    monkeypatch.setattr(pool, "_openmp", None)
 
 
 @pytest.mark.usefixtures("small_spans", "team")

@@ -36,9 +36,9 @@ FIRST = pool.function("first", {}, "store i64 7, ptr %job.said\nret void")
 def openmp(monkeypatch):
     """Six threads of OpenMP's, more than there may be processors; none of ours."""
     monkeypatch.setattr(pool, "_team", None)
-    monkeypatch.setattr(pool, "_openmp", 0)
+    monkeypatch.setattr(pool, "_openmp", None)
     pool.join(ctypes.PyDLL(_ctypes.__file__))  # which knows nothing of it
-    assert pool._openmp == 0
+    assert pool._openmp is None
     pool.join(LIBRARY)
     before = torch.get_num_threads()
     torch.set_num_threads(6)
