@@ -193,7 +193,8 @@ class CudaBatch(Batch):
         for group in dict.fromkeys(self.groups.tolist()):
             (places,) = np.nonzero(self.groups == group)
             part = slice(int(places[0]), int(places[-1]) + 1)  # groups come one after the other
-            numbers = {name: as_scalar(value) for name, value in values[group].items()}
+            asked = self.program.hyperparameters
+            numbers = {name: as_scalar(values[group][name]) for name in asked}
             numbers |= {name: count[part].double() for name, count in self.counts.items()}
             scalars = self.program.scalars(numbers, numbers["step"] + 1, Tensor.double)
             self.step.set_on_device(part, scalars)

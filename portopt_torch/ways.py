@@ -86,7 +86,8 @@ def waits(optimizer: Optimizer, group: Mapping[str, Any], program: Program, para
     """
     names = [*program.slots, *program.numbers, *(["step"] if optimizer.keeps_step else [])]
     own = optimizer.state.get(param, {})
-    if not param.requires_grad or any(own.get(name) is None for name in names):
+    is_frozen = not (param.requires_grad or own)  # and may never have one
+    if is_frozen or any(own.get(name) is None for name in names):
         return False
     slots = [own[name] for name in program.slots]
     counts = [own[name] for name in names if name not in program.slots]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import chain
 from multiprocessing import get_context
 
 import numpy as np
@@ -154,6 +155,38 @@ def run_steps(program, storage, tensors, grads, scalars, device="cpu"):
         step.run()
     memory = [{name: x.cpu() for name, x in operands.items()} for operands in memory]
     return memory, squares
+
+
+def train_by_triton(name, groups, grads, *, on_device, scale=None, skipped=(), **options):
+    """Train an optimizer whose parameters go the way of CUDA's; returns them, and its state.
+
+    Args:
+        name: Its class.
+        groups: Its groups, whose parameters are what they begin with.
+        grads: For each step a gradient for each parameter, or None.
+        on_device: Whether steps but the first are counted as on a device, where the host must not
+            ask.
+        scale: That of GradScaler, by which the gradients are multiplied.
+        skipped: The steps before which it has found infinite ones.
+        options: The class's arguments.
+    """
+    import portopt_torch.plan
+    from portopt_torch.launch import CudaBatch
+
+    portopt_torch.plan.Batch = CudaBatch
+    params = [[torch.nn.Parameter(x.clone()) for x in group["params"]] for group in groups]
+    groups = [{**group, "params": own} for group, own in zip(groups, params, strict=True)]
+    optimizer = getattr(portopt_torch, name)(groups, **options)
+    for number, step in enumerate(grads):
+        for param, grad in zip(chain(*params), step, strict=True):
+            param.grad = None if grad is None else grad * (scale or 1)
+        optimizer.found_inf = torch.tensor(float(number in skipped))
+        optimizer.grad_scale = scale and torch.tensor(scale)
+        optimizer.step()
+        if on_device:
+            for batch in optimizer._plan.batches:
+                batch.on_device, batch.columns = True, {}
+    return [param.detach() for param in chain(*params)], optimizer.state_dict()["state"]
 
 
 def expected(program, storage, tensors, scalars, spans):

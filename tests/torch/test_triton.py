@@ -12,7 +12,9 @@ import pytest
 import torch
 from launches import ALONE, assert_same, expected, make_scalars, make_tensors, whole
 from support import assert_agree
+from twins import assert_params_agree, make_grads, make_params, train
 
+import portopt_torch
 from portopt.program import ARRAY_OPS
 from portopt.rules import Adam, AdamW, Around, Momentum, RMSprop, Rule
 from portopt.trace import trace
@@ -213,6 +215,67 @@ def test_steps_follow_gradients_that(interpreter, away):
     for operands in (*ours, *tensors):
         del operands["grad"]
     assert_same(ours, tensors)
+
+
+SHAPES = [(67,), (5,), (0,), (3, 5)]
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        None,
+        Around(clip_value=0.5, ema_decay=0.9, zero_grad=True),
+        Around(clip_norm=0.5, skip_nonfinite=True, zero_grad=True),
+    ],
+    ids=["", "value", "norm"],
+)
+@pytest.mark.parametrize(
+    ("name", "options", "on_device"),
+    [
+        ("SGD", {}, False),
+        ("SGD", {"momentum": 0.9}, False),
+        ("AdamW", {"amsgrad": True}, False),
+        ("AdamW", {"amsgrad": True}, True),
+        ("NAdam", {}, False),
+        ("NAdam", {}, True),
+    ],
+)
+def test_optimizers_go_the_way_of_cuda(interpreter, name, options, on_device, around):
+    """As on the CPU: groups, scaled gradients, steps that are skipped; where the host counts, also
+    gradients that come and go."""
+    options = {**options, "around": around}
+    grads = make_grads(SHAPES, 7)
+    if not on_device:
+        grads[1][0] = grads[3][1] = grads[3][3] = None
+    taken = [0, 1, 2, 3, 5, 6]
+    if around is not None and around.skip_nonfinite:
+        grads[5][1] = grads[5][1] * math.nan
+        taken.remove(5)
+
+    def groups():
+        params = make_params(SHAPES)
+        lr = torch.tensor(0.1) if name == "AdamW" else 0.1
+        return [
+            {"params": params[:2], "lr": lr},
+            {"params": params[2:], "lr": 0.05, "weight_decay": 0.1},
+        ]
+
+    start = [{**group, "params": [p.detach() for p in group["params"]]} for group in groups()]
+    ours, state = interpreter(
+        launches.train_by_triton,
+        *(name, start, grads),
+        on_device=on_device,
+        scale=8.0,
+        skipped=[4],
+        **options,
+    )
+    twin = train(getattr(portopt_torch, name)(groups(), **options), [grads[t] for t in taken])
+    kind = "float32" if on_device or (around and around.clip_norm) else "same"
+    theirs = [param for group in twin.param_groups for param in group["params"]]
+    assert_params_agree(ours, theirs, kind, make_params(SHAPES))
+    for place, entries in twin.state_dict()["state"].items():
+        for entry, value in entries.items():
+            assert_agree(state[place][entry].numpy(), value.numpy(), kind, what=entry)
 
 
 ARGUMENTS = {"table": "*i64", "spans": "*i64", "found_inf": "*fp32"}
