@@ -82,7 +82,7 @@ class Plan:
         self._launches = [_Launch(*key, some) for key, some in kernels.items()]
         self._batches = [*self._launches, *(_Batch(*key, some) for key, some in others.items())]
         self.lasts = not others
-        zeroes = any("grad" in dict(program.outputs) for program in programs)
+        zeroes = any(program.writes_grad for program in programs)
         self._may_zero_twice = zeroes and len(members) > 1
 
     def fits(

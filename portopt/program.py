@@ -128,6 +128,18 @@ class Program:
         used = [arg for line in self.array_part for arg in line.args if isinstance(arg, str)]
         return tuple(dict.fromkeys(arg for arg in used if arg not in arrays))
 
+    @cached_property
+    def counts(self) -> bool:
+        """Whether another step means other scalars: by its number, or by the rule's numbers."""
+        lines = (*self.scalar_part, *self.array_part)
+        used = {arg for line in lines for arg in line.args if isinstance(arg, str)}
+        return bool(self.number_outputs or used & {"t", *self.numbers})
+
+    @cached_property
+    def writes_grad(self) -> bool:
+        """Whether gradients are outputs, as where they become zeros."""
+        return "grad" in dict(self.outputs)
+
     def scalars(
         self, values: Mapping[str, Any], t: Any, number: Callable[[Any], Any] = float
     ) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain, compress
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from portopt.kernels import cpu
+from portopt.kernels.contents import Contents
 from portopt.kernels.layout import array
 from portopt.program import Program
 from portopt_torch import cuda, native
@@ -42,13 +44,16 @@ class Batch:
         program: What to compute.
         members: The parameters, none that has to go the plain way; a step passes over those that
             have no gradient.
+        contents: What else a look is to find as it was.
 
     Attributes:
         here: For each parameter, whether it has a gradient.
         on_device: Whether the steps are counted where the host does not see it.
     """
 
-    def __init__(self, program: Program, members: list[Member]) -> None:
+    def __init__(
+        self, program: Program, members: list[Member], contents: Contents | None = None
+    ) -> None:
         self.program = program
         self.params = [member.param for member in members]
         self.objects = array(self.params)
@@ -66,10 +71,12 @@ class Batch:
         sizes = [param.numel() * (1 + param.is_complex()) for param in self.params]
         self.here = np.array([param.grad is not None for param in self.params])
         self._make_launches(stored, addresses(self.params, slots), sizes)
-        counts = [*self.counts]
-        held = self.params, self.states, program.slots, counts, self.step.table, self.here
-        self.holdings = holdings(*held)
+        self.holdings = holdings(
+            *(self.params, self.states, program.slots, [*self.counts]),
+            *(self.step.table, self.here, contents),
+        )
         self.on_device = "step" in self.counts and self.counts["step"].is_cuda
+        self.lasting: list[Any] = []  # values, if the scalars depend on them alone
         self.columns = {} if self.on_device else {k: v.numpy() for k, v in self.counts.items()}
         self.steps = self.columns.pop("step", np.zeros(0))
         if not len(self.steps):  # nobody counts them, but the first may be another
@@ -124,12 +131,18 @@ class Batch:
         Args:
             values: For each group, what `Program.scalars` asks for.
         """
+        own = [values[group] for group in self.present]
+        if self.lasting and all(map(is_, own, self.lasting)):
+            return
         kinds, self.which = self._kinds()
         self.scalars = []
         for group, steps, *numbers in kinds:
             given = {name: host(values[group][name]) for name in self.program.hyperparameters}
             given.update(zip(self.columns, numbers, strict=True))
             self.scalars.append(self.program.scalars(given, steps + 1))
+        asked = [one[name] for one in own for name in self.program.hyperparameters]
+        lasts = not self.program.counts and not any(map(torch.is_tensor, asked))
+        self.lasting = own if lasts else []
 
     def _kinds(self) -> tuple[list[list[Any]], Any]:
         """The different groups, steps done and numbers; and which of these each parameter has."""
@@ -155,7 +168,7 @@ class Batch:
         if self.bumped is None:
             torch.autograd.graph.increment_version([*compress(self.params, self.here)])
         self._run(found_inf)
-        if "grad" in dict(self.program.outputs):
+        if self.program.writes_grad:
             here = compress(self.params, self.here)
             torch.autograd.graph.increment_version([*map(gradient, here)])
 

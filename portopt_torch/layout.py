@@ -16,6 +16,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from portopt.kernels import pool
+from portopt.kernels.contents import Contents
 from portopt.kernels.layout import array
 from portopt_torch import native
 
@@ -26,7 +27,9 @@ def holdings(
     params: Sequence[Tensor], states: Sequence[Mapping[str, Any]], *others: Any
 ) -> Holdings:
     """What a batch works on; the arguments are those of `Holdings`."""
-    looks = native.look() is not None and {*map(type, states)} == {dict}
+    *_, contents = others
+    can_be_asked = contents is None or contents.checks is not None
+    looks = can_be_asked and native.look() is not None and {*map(type, states)} == {dict}
     return (Looked if looks else Holdings)(params, states, *others)
 
 
@@ -41,6 +44,7 @@ class Holdings:
         table: For each parameter where it, its gradient and its slots begin, as `addresses` finds
             it, and what else may follow. A look notes where the gradients are.
         here: Whether each has one: a look notes that, too.
+        contents: What else is to stay as it is, if anything.
     """
 
     def __init__(
@@ -51,8 +55,9 @@ class Holdings:
         counts: Sequence[str],
         table: Table,
         here: npt.NDArray[np.bool_],
+        contents: Contents | None,
     ) -> None:
-        self._table, self._here = table, here
+        self._table, self._here, self._contents = table, here, contents
         self._params, self._states, self._names = params, states, (*slots, *counts)
         self._entries = [*self._held()]
         columns = [params, *([state[slot] for state in states] for slot in slots)]
@@ -72,6 +77,8 @@ class Holdings:
             if not all(map(is_, self._held(), self._entries)):
                 return False
         except KeyError:
+            return False
+        if self._contents is not None and not self._contents.are():
             return False
         pairs = [(param, param.grad) for param in self._params]
         given = [(param, grad) for param, grad in pairs if grad is not None]
@@ -148,12 +155,17 @@ class Looked(Holdings):
         told = {name: each.ctypes.data for name, each in arrays.items()}
         told |= {"columns": columns, "last": columns * n - 1, "width": self._table.shape[1]}
         told |= {"n": n, "n_names": len(self._names)}
+        check = checks = n_checks = 0
+        if self._contents is not None and self._contents.checks is not None:
+            check = self._contents.checks.function
+            checks, n_checks = self._contents.checks.arguments
+        told |= {"check": check, "checks": checks, "n_checks": n_checks}
         self._alive = arrays
         self._job = pool.Job(
             look.tensors,
             len(firsts),
             [told[name] for name in native.TOLD],
-            first=look.entries if self._names else 0,
+            first=look.entries,
             linger=pool.LINGER,
         )
 

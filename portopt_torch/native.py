@@ -39,7 +39,7 @@ _KNOWN = (*_SYMBOLS, "item", "type", "none")
 
 TOLD = (
     *("known", "starts", "shapes", "kinds", "kept", "columns", "last", "table", "width", "grads"),
-    *("n", "here", "states", "names", "n_names", "entries"),
+    *("n", "here", "states", "names", "n_names", "entries", "check", "checks", "n_checks"),
 )
 """What the job of a `Look` is told: ``columns``, ``last``, ``n`` and ``n_names`` are numbers, the
 others are addresses of arrays of 64-bit words. It says 1 if something is not as it was.
@@ -54,10 +54,11 @@ gradient and slots must have too; dimensions of one element, or none, may have a
 ``starts`` has for each share its first parameter and the place of its shape; at the end ``n``.
 
 ``states`` has for each parameter a dict, which must have under each of ``n_names`` ``names`` just
-what ``entries`` has. ``grads`` has the addresses of the last gradients' C++ tensors, as those of
-the next will often be the same.
+what ``entries`` has. ``check``, if it is not 0, must say yes to ``checks`` (`contents.Checks`).
+``grads`` has the addresses of the last gradients' C++ tensors, as those of the next will often be
+the same.
 """
-_NUMBERS = ("columns", "last", "width", "n", "n_names")
+_NUMBERS = ("columns", "last", "width", "n", "n_names", "n_checks")
 
 
 class Look(NamedTuple):
@@ -226,7 +227,9 @@ def _places() -> _Places | None:
 
 _LEAST = 128
 """So many bytes a tensor has in C++ at least."""
-_OF_ENTRIES = ("known", "n", "states", "names", "n_names", "entries")
+_OF_ENTRIES = (
+    *("known", "n", "states", "names", "n_names", "entries", "check", "checks", "n_checks"),
+)
 
 
 def _told(name: str) -> str:
@@ -449,9 +452,16 @@ br label %given
 
 _ENTRIES = """\
 %last = sub i64 %n, 1
-br label %next
+%no.check = icmp eq ptr %check, null
+br i1 %no.check, label %each, label %check.all
+check.all:
+%holds = call i1 %check(ptr %checks, i64 %n_checks)
+br i1 %holds, label %each, label %fail
+each:
+%some.names = icmp ne i64 %n_names, 0
+br i1 %some.names, label %next, label %done
 next:
-%i = phi i64 [0, %0], [%i.next, %entry]
+%i = phi i64 [0, %each], [%i.next, %entry]
 %more = icmp ult i64 %i, %n
 br i1 %more, label %begin, label %done
 begin:

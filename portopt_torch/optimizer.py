@@ -54,6 +54,15 @@ def _quiet(step: Callable[..., Any]) -> Callable[..., Any]:
     return quiet
 
 
+try:  # to hide a call from PyTorch's compiler takes longer than to ask whether it looks at any
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback as _watcher
+except ImportError:
+
+    def _watcher() -> object:
+        """What looks at every call; None if nothing does."""
+        return True
+
+
 class Optimizer(torch.optim.Optimizer):
     """Base of the adapters: PyTorch's parameters, gradients and state, and a rule's arithmetic.
 
@@ -166,7 +175,9 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rest = self._launch(compiling=torch.compiler.is_compiling())
+        compiling = torch.compiler.is_compiling()
+        launch = self._launch_unseen if compiling or _watcher() is not None else self._launch
+        rest = launch(compiling=compiling)
         if not rest:
             return loss
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
@@ -283,7 +294,6 @@ class Optimizer(torch.optim.Optimizer):
         rule = cls.unchecked(**values)
         return rule, trace(rule, self.around)
 
-    @torch._disable_dynamo  # the compiler is to see the rule, and none of this
     def _launch(self, *, compiling: bool) -> list[tuple[plain.Scalars, list[plain.Member]]]:
         """Launch the kernels; returns, group by group, the parameters that go the plain way."""
         around = self._scaled()
@@ -323,6 +333,9 @@ class Optimizer(torch.optim.Optimizer):
             on_device = compiling or self.param_groups[g].get("capturable")
             work.append((plain.Scalars(program, values[g], on_device), members))
         return work
+
+    # The compiler is to see the rule, and none of this.
+    _launch_unseen = torch._disable_dynamo(_launch)
 
     def _scaled(self) -> Around:
         """`around`, with the scale of GradScaler if it has set one."""

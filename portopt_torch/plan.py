@@ -53,11 +53,11 @@ _SETTLED = (float, int, str, tuple, Tensor, torch.dtype, Around, type(None))
 used."""
 
 
-def settings_of(groups: Sequence[Mapping[str, Any]], around: Around) -> list[Any]:
-    """All that decides what is asked for."""
-    settings: list[Any] = [around]
-    for group in groups:
-        settings += [value for name, value in group.items() if name != "params"]
+def settings_of(optimizer: Optimizer, around: Around) -> list[Any]:
+    """All that decides what is asked for, and what has the parameters and states."""
+    settings: list[Any] = [around, optimizer.state]
+    for group in optimizer.param_groups:
+        settings += group.values()
         settings += [param.dtype for param in group["params"][:1]]
     return settings
 
@@ -69,13 +69,13 @@ def ask(optimizer: Optimizer, around: Around) -> Asked:
         TypeError: a hyperparameter is no number.
     """
     groups = optimizer.param_groups
-    settings = settings_of(groups, around)
-    settled = all(isinstance(value, _SETTLED) for value in settings)
+    values = (x for group in groups for name, x in group.items() if name != "params")
+    settled = all(isinstance(value, _SETTLED) for value in values)
     rules = [cls.unchecked(**values) for cls, values in map(optimizer.rule_of, groups)]
     for rule in rules:
         _check_numbers(rule)
     return Asked(
-        settings=settings if settled else [],
+        settings=settings_of(optimizer, around) if settled else [],
         around=around,
         rules=rules,
         programs=[trace(rule, around) for rule in rules],
@@ -118,11 +118,15 @@ class Plan(NamedTuple):
     def renewed(self, optimizer: Optimizer, around: Around) -> Plan | None:
         """The plan with what is asked for now, if that goes the same ways; else None."""
         last = self.asked
-        settings = settings_of(optimizer.param_groups, around)
+        settings = settings_of(optimizer, around)
         if len(settings) == len(last.settings) and all(map(is_, settings, last.settings)):
             return self
         asked = ask(optimizer, around)
-        same = asked.flags == last.flags and all(map(is_, asked.programs, last.programs))
+        same = (
+            asked.flags == last.flags
+            and all(map(is_, asked.programs, last.programs))
+            and self.contents.of(*_contents(optimizer))
+        )
         return self._replace(asked=asked) if same else None
 
     def fits(self, optimizer: Optimizer) -> bool:
@@ -133,7 +137,7 @@ class Plan(NamedTuple):
         """
         return (
             all(batch.fits() for batch in self.batches)  # before anyone else looks at memory
-            and self.contents.are(*_contents(optimizer))
+            and (bool(self.batches) or self.contents.are())  # the first batch has looked at them
             and all(param.grad is None for param in self.idle)
             and all(self._still_rests(optimizer, member) for member in self.rest)
         )
@@ -247,7 +251,7 @@ def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
         slots = program.slots
         own = state[param] if slots or optimizer.keeps_step else {}
         lacking = [name for name in slots if own.get(name) is None]
-        first = place not in waiting and {*lacking} >= {*slots} - {AVERAGE}
+        first = {*lacking} >= {*slots} - {AVERAGE}
         counts = (*(["step"] if optimizer.keeps_step else []), *program.numbers)
         for name in counts:
             if own.get(name) is None:
@@ -262,17 +266,19 @@ def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
             continue
         stored = [param, like([param]), *(own[slot] for slot in slots)]
         places = [(own[name].device, own[name].dtype) for name in counts]
-        kind = [param.device, *places, param.is_complex(), storage(stored)]
-        alike.setdefault((program, *kind), []).append(member)
+        key = (program, param.device, *places, param.is_complex(), storage(stored))
+        alike.setdefault(key, []).append(member)
+    contents = Contents(*_contents(optimizer))
+    batches: list[Batch] = []
+    for (program, device, *_), some in alike.items():
+        kind = CudaBatch if device.type == "cuda" else Batch
+        batches.append(kind(program, some, None if batches else contents))
     return Plan(
         asked=asked,
-        contents=Contents(*_contents(optimizer)),
+        contents=contents,
         params=[param for _, param in params],
         idle=[param for place, (_, param) in enumerate(params) if place not in ways],
-        batches=[
-            (CudaBatch if device.type == "cuda" else Batch)(program, members)
-            for (program, device, *_), members in alike.items()
-        ],
+        batches=batches,
         rest=rest,
         made=made,
     )

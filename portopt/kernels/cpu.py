@@ -111,21 +111,25 @@ class Step(Launch):
         self.names = program.scalar_names
         self.rows = np.empty((0, len(self.names)))
         self.which: Any = None
+        self.scalars: Any = None
 
     def run(self, scalars: Sequence[Mapping[str, Any]], which: Any, threads: int) -> None:
         """Update every tensor.
 
         Args:
-            scalars: Results of `Program.scalars`, one for all tensors that share it.
+            scalars: Results of `Program.scalars`, one for all tensors that share it; what was given
+                before must be the same.
             which: For each tensor, the place of its own among ``scalars``.
             threads: How many threads may work on it.
         """
         if which is not self.which or len(scalars) != len(self.rows):
-            self.which = which
+            self.which, self.scalars = which, None
             self.rows = np.empty((len(scalars), len(self.names)))
             begin, row = self.rows.ctypes.data, self.rows.strides[0]
             self.table[:, -1] = begin + row * np.asarray(which, np.uint64)
-        self.rows[:] = [[row[name] for name in self.names] for row in scalars]
+        if scalars is not self.scalars:
+            self.scalars = scalars
+            self.rows[:] = [[row[name] for name in self.names] for row in scalars]
         self.launch(threads)
 
 

@@ -11,46 +11,65 @@ from portopt.kernels.contents import Contents
 
 A, B, C = object(), object(), object()
 CASES = {
-    # lists and a dict now, after [[A, B], [C]] and {1: A, 2: B}
-    "as before": ([[A, B], [C]], {1: A, 2: B}, True),
-    "other keys": ([[A, B], [C]], {3: A, 4: B}, True),
-    "a kind of dict": ([[A, B], [C]], defaultdict(dict, {1: A, 2: B}), True),
-    "an ordered dict": ([[A, B], [C]], OrderedDict({1: A, 2: B}), True),
-    "a kind of list": ([(A, B), [C]], {1: A, 2: B}, True),
-    "another item": ([[A, C], [C]], {1: A, 2: B}, False),
-    "another in the last list": ([[A, B], [A]], {1: A, 2: B}, False),
-    "other order": ([[B, A], [C]], {1: A, 2: B}, False),
-    "more items": ([[A, B, C], [C]], {1: A, 2: B}, False),
-    "fewer items": ([[A], [C]], {1: A, 2: B}, False),
-    "cut elsewhere": ([[A], [B, C]], {1: A, 2: B}, False),
-    "more lists": ([[A, B], [C], []], {1: A, 2: B}, False),
-    "fewer lists": ([[A, B]], {1: A, 2: B}, False),
-    "another value": ([[A, B], [C]], {1: A, 2: C}, False),
-    "more values": ([[A, B], [C]], {1: A, 2: B, 3: C}, False),
-    "fewer values": ([[A, B], [C]], {1: A}, False),
+    # what happens to lists and a dict that have [A, B], [C] and {1: A, 2: B}
+    "nothing": (lambda lists, values: None, True),
+    "other keys": (lambda lists, values: (values.clear(), values.update({3: A, 4: B})), True),
+    "another item": (lambda lists, values: lists[0].__setitem__(1, C), False),
+    "another in the last list": (lambda lists, values: lists[1].__setitem__(0, A), False),
+    "other order": (lambda lists, values: lists[0].reverse(), False),
+    "more items": (lambda lists, values: lists[0].append(C), False),
+    "fewer items": (lambda lists, values: lists[0].pop(), False),
+    "cut elsewhere": (lambda lists, values: lists[1].insert(0, lists[0].pop()), False),
+    "another value": (lambda lists, values: values.update({2: C}), False),
+    "more values": (lambda lists, values: values.update({3: C}), False),
+    "fewer values": (lambda lists, values: values.popitem(), False),
+}
+KINDS = {
+    "usual": (list, dict),
+    "a kind of list": (type("Kind", (list,), {}), dict),
+    "a kind of dict": (list, lambda pairs: defaultdict(dict, pairs)),
+    "an ordered dict": (list, OrderedDict),
 }
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("name", CASES)
-def test_contents(name, compiled, monkeypatch):
-    if compiled:
+@pytest.fixture(params=[True, False], ids=["compiled", "python"])
+def compiled(request, monkeypatch):
+    if request.param:
         pytest.importorskip("llvmlite")
     else:
         monkeypatch.setattr(compiler, "available", lambda: False)
-    lists, values, same = CASES[name]
-    assert Contents([[A, B], [C]], {1: A, 2: B}).are(lists, values) == same
+    return request.param
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_a_dict_with_gaps(compiled, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CASES)
+def test_contents(name, kind, compiled):
+    make_list, make_dict = KINDS[kind]
+    lists, values = [make_list([A, B]), make_list([C])], make_dict({1: A, 2: B})
+    contents, (happens, same) = Contents(lists, values), CASES[name]
+    assert (contents.checks is not None) == (compiled and make_list is list)
+    happens(lists, values)
+    assert contents.are() == same
+    assert contents.of(lists, values)
+
+
+def test_which_lists_and_dict():
+    lists, values = [[A, B], [C]], {1: A}
+    contents = Contents(lists, values)
+    assert contents.of([*lists], values)
+    assert not contents.of(lists, {1: A})
+    assert not contents.of([[A, B], [C]], values)
+    assert not contents.of(lists[:1], values)
+    assert not contents.of([*lists, []], values)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_dict_with_gaps():
     """What was deleted leaves a place empty there."""
-    if not compiled:
-        monkeypatch.setattr(compiler, "available", lambda: False)
     values = {n: object() for n in range(100)}
     for n in range(0, 100, 3):
         del values[n]
     contents = Contents([[]], values)
-    assert contents.are([[]], values)
+    assert contents.are()
     del values[50]
-    assert not contents.are([[]], values)
+    assert not contents.are()

@@ -20,7 +20,7 @@ from portopt import Rule, trace
 from portopt.arrays import STORAGE_DTYPES, compute_dtype
 from portopt.kernels import compiler, cpu, llvm, pool
 from portopt.program import ARRAY_OPS, OPS, Instruction, Program
-from portopt.rules import Adam, Slots
+from portopt.rules import SGD, Adam, Slots
 
 pytest.importorskip("llvmlite")
 COMPUTED = ("float32", "float64")  # what a kernel computes in
@@ -387,6 +387,18 @@ def test_a_new_lr_step_or_shape_compiles_nothing(monkeypatch):
         for t in (1, 2, 100):
             step.run([program.scalars(numbered(rule), t)], [0] * len(sizes), 2)
     assert len(asked) == 2 and len(set(asked)) == 1
+
+
+def test_the_same_scalars_of_others():
+    params, grad = [np.zeros(1), np.zeros(1)], np.ones(1)
+    addresses = [[param.ctypes.data, grad.ctypes.data] for param in params]
+    program = trace(SGD(lr=1.0))
+    step, scalars = cpu.Step(program, ("float64",) * 2, addresses, [1, 1]), []
+    for lr in (1.0, 10.0):
+        scalars.append(program.scalars(numbered(SGD(lr=lr)), 1))
+    for which in ([0, 1], [1, 0], [1, 1]):
+        step.run(scalars, which, 1)
+    assert [float(param[0]) for param in params] == [-21.0, -21.0]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])

@@ -213,6 +213,23 @@ def test_gradients_come_and_go(what, rule, around, plans):
     assert_same(ours, twin)
 
 
+@pytest.mark.parametrize(
+    "rule", [Adam(), NAdam(lr=0.1), SGD(lr=0.1), Momentum()], ids=lambda rule: type(rule).__name__
+)
+def test_each_goes_on_as_if_there_were_no_other(rule):
+    ours, rng = optimizer_of(rule), np.random.default_rng(1)
+    alone = {name: Optimizer(rule, {name: x.copy()}) for name, x in ours._arrays().items()}
+    for present in ("ac", "abc", "b", "ac", "", "bc"):
+        grads = {k: x if k in present else None for k, x in grads_of(ours, rng).items()}
+        ours.step(grads)
+        for name in present:
+            alone[name].step({name: grads[name]})
+    for name, one in alone.items():
+        assert_bits(param(ours, name), param(one, name), name)
+        for entry, value in one.state[name].items():
+            assert_bits(np.array(ours.state[name][entry]), np.array(value), entry)
+
+
 @pytest.mark.parametrize("around", [None, Around(clip_norm=1.0)], ids=["", "norm"])
 def test_no_gradient_is_kept(around):
     array, grad = np.ones(3), np.ones(3)

@@ -10,6 +10,7 @@ import torch
 from test_torch_kernels import GRADIENTS, HISTORY, MOVES, SLOW, history
 from twins import assert_params_agree, make_grads, make_params, ours, train
 
+from portopt.kernels.contents import Contents
 from portopt_torch import launch, layout, native
 
 WAYS = ["native", "python"]
@@ -89,12 +90,12 @@ def made(slots=SLOTS, counts=COUNTS, dtype=torch.float32):
     return params, states, held_by(params, states, slots, counts)
 
 
-def held_by(params, states, slots=(), counts=()):
+def held_by(params, states, slots=(), counts=(), contents=None):
     """What is known of them, with ``table`` and ``here``."""
     columns = [[state[slot] for state in states] for slot in slots]
     table = np.array([[*row, 0] for row in layout.addresses(params, columns)], np.uint64)
     here = np.array([param.grad is not None for param in params])
-    held = layout.holdings(params, states, slots, counts, table, here)
+    held = layout.holdings(params, states, slots, counts, table, here, contents)
     held.table, held.here = table, here
     return held
 
@@ -256,6 +257,22 @@ def test_gradients_without_an_object_of_python(way, ask):
         sum(param.square().sum() for param in params).backward()
         assert held.fit(1)
         assert held.table[:, 1].tolist() == [param.grad.data_ptr() for param in params]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("slots", "counts"), [((), ()), (SLOTS, COUNTS)])
+def test_contents_are_looked_at_too(way, slots, counts, ask):
+    ask(way)
+    params, states, _ = made()
+    listed, values = [*params], dict(enumerate(states))
+    held = held_by(params, states, slots, counts, Contents([listed], values))
+    assert held.fit(1)
+    values[1] = dict(states[1])
+    assert not held.fit(1)
+    values[1] = states[1]
+    assert held.fit(1)
+    listed.reverse()
+    assert not held.fit(1)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import weakref
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from runpy import run_path
@@ -288,6 +289,46 @@ def whole(optimizer):
     """For each parameter its values and state."""
     state_dict, params = snapshot(optimizer)
     return [(x, state_dict["state"].get(place)) for place, x in enumerate(params[0])]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_lists_and_states_that_are_replaced(name):
+    """What they have is known by them: the new ones are looked at from then on."""
+    params, more = make_params([(3,), (4,)]), make_params([(5,)])
+    optimizer = ours(name)(params, lr=0.1)
+    for param in (*params, *more):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.state = defaultdict(dict, optimizer.state)
+    optimizer.step()
+    optimizer.state.clear()
+    optimizer.step()
+    counts = [float(state["step"]) for state in optimizer.state.values()]
+    assert counts == ([] if name == "SGD" else [1.0, 1.0])
+    optimizer.param_groups[0]["params"] = [*params]
+    optimizer.step()
+    before = more[0].detach().clone()
+    optimizer.param_groups[0]["params"][1] = more[0]
+    optimizer.step()
+    assert (before - more[0] > 0.09).all()
+
+
+@pytest.mark.parametrize("way", [{}, {"foreach": False}])
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adam"])
+def test_a_tensor_of_a_learning_rate_that_is_written_to(name, way):
+    def run(change):
+        lr = torch.tensor(0.5)
+        optimizer = ours(name)(make_params(), lr=lr, **way)
+        for step, grads in enumerate(make_grads(steps=4)):
+            change(optimizer, 0.5 / (1 + step))
+            train(optimizer, [grads])
+        return optimizer
+
+    written = run(lambda optimizer, lr: optimizer.param_groups[0]["lr"].fill_(lr))
+    replaced = run(lambda optimizer, lr: optimizer.param_groups[0].update(lr=torch.tensor(lr)))
+    assert_params_agree(
+        *(optimizer.param_groups[0]["params"] for optimizer in (written, replaced)), "same"
+    )
 
 
 AWAY = {
