@@ -73,7 +73,8 @@ class Batch:
         self._make_launches(stored, addresses(self.params, slots), sizes)
         self.holdings = holdings(
             *(self.params, self.states, program.slots, [*self.counts]),
-            *(self.step.table, self.here, contents),
+            *(self.step.table, self.here),
+            contents=contents,
         )
         self.on_device = "step" in self.counts and self.counts["step"].is_cuda
         self.lasting: list[Any] = []  # values, if the scalars depend on them alone

@@ -24,13 +24,15 @@ Table: TypeAlias = npt.NDArray[np.uint64]
 
 
 def holdings(
-    params: Sequence[Tensor], states: Sequence[Mapping[str, Any]], *others: Any
+    params: Sequence[Tensor],
+    states: Sequence[Mapping[str, Any]],
+    *others: Any,
+    contents: Contents | None,
 ) -> Holdings:
     """What a batch works on; the arguments are those of `Holdings`."""
-    *_, contents = others
     can_be_asked = contents is None or contents.checks is not None
     looks = can_be_asked and native.look() is not None and {*map(type, states)} == {dict}
-    return (Looked if looks else Holdings)(params, states, *others)
+    return (Looked if looks else Holdings)(params, states, *others, contents)
 
 
 class Holdings:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from bits import assert_bits, dtype_of
 from children import child
-from support import gradients, weights
+from support import gradients, interrupted, weights
 
 import portopt.plan
 from portopt import Around, Optimizer, trace
@@ -231,26 +231,12 @@ def team(monkeypatch):
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit()])
 def test_an_error_around_a_job(monkeypatch, error, before):
-    """All is done once, and no thread is at work any more, whatever the caller then does.
-
-    Python handles a signal when compiled code has returned, or before it begins.
-    """
-    functions, raised = pool._functions(), []
-
-    def interrupted(*args):
-        raised.append(1)
-        if before and len(raised) == 1:
-            raise error
-        done = functions.run(*args)
-        if len(raised) == 1:
-            raise error
-        return done
-
-    monkeypatch.setattr(pool, "_functions", lambda: functions._replace(run=interrupted))
+    """All is done once, and no thread is at work any more, whatever the caller then does."""
+    runs = interrupted(monkeypatch, error, before)
     param, grad = np.zeros(10_000), np.ones(10_000)
     with pytest.raises(type(error)):
         Optimizer(SGD(lr=1.0), [param]).step([grad])
-    assert len(raised) == 2
+    assert len(runs) == 2
     assert_bits(param, np.full(10_000, -1.0))
 
 

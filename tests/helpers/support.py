@@ -102,3 +102,25 @@ class Rowwise(Rule):
     def update(self, xp, t, param, grad, slot):
         row = slot.row + 1
         return param - self.lr * row * grad, {"row": row}
+
+
+def interrupted(monkeypatch, error, before):
+    """Raise ``error`` around the next job of the pool; returns a list of one entry for each run.
+
+    Python handles a signal when compiled code has returned, or ``before`` it begins.
+    """
+    from portopt.kernels import pool
+
+    functions, runs = pool._functions(), []
+
+    def run(*args):
+        runs.append(1)
+        if before and len(runs) == 1:
+            raise error
+        done = functions.run(*args)
+        if len(runs) == 1:
+            raise error
+        return done
+
+    monkeypatch.setattr(pool, "_functions", lambda: functions._replace(run=run))
+    return runs

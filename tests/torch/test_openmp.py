@@ -11,6 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from support import interrupted
 
 from portopt.kernels import compiler, pool
 
@@ -66,21 +67,11 @@ def test_every_share_is_done_once(shares, helpers, locked):
 @pytest.mark.parametrize("before", [True, False])
 def test_an_interrupt_around_a_job(before, monkeypatch):
     """All is done once, whatever the caller then does."""
-    functions, raised = pool._functions(), []
-
-    def interrupted(*args):
-        raised.append(1)
-        if before and len(raised) == 1:
-            raise KeyboardInterrupt
-        done = functions.run(*args)
-        if len(raised) == 1:
-            raise KeyboardInterrupt
-        return done
-
-    monkeypatch.setattr(pool, "_functions", lambda: functions._replace(run=interrupted))
+    runs = interrupted(monkeypatch, KeyboardInterrupt(), before)
     mine, counts = job(100)
     with pytest.raises(KeyboardInterrupt):
         mine.do(2)
+    assert len(runs) == 2
     assert counts.tolist() == [1] * 100
 
 

@@ -95,7 +95,7 @@ def held_by(params, states, slots=(), counts=(), contents=None):
     columns = [[state[slot] for state in states] for slot in slots]
     table = np.array([[*row, 0] for row in layout.addresses(params, columns)], np.uint64)
     here = np.array([param.grad is not None for param in params])
-    held = layout.holdings(params, states, slots, counts, table, here, contents)
+    held = layout.holdings(params, states, slots, counts, table, here, contents=contents)
     held.table, held.here = table, here
     return held
 

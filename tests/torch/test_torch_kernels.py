@@ -1031,6 +1031,27 @@ def test_compiled_steps_are_the_plain_rule(name, lr, launches, dynamo):
     assert_params_agree(mine, theirs)
 
 
+def test_a_compiler_that_looks_at_every_call_sees_no_launch():
+    """As where it has given up a step itself, and goes on below."""
+    child("""
+        import torch, portopt_torch
+        from torch._dynamo.eval_frame import set_eval_frame
+        from torch._dynamo.types import ConvertFrameReturn
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        optimizer, seen = portopt_torch.Adam([param]), []
+        optimizer.step()
+        def look(frame, *_):
+            seen.append(frame.f_code.co_name)
+            return ConvertFrameReturn()
+        before = set_eval_frame(look)
+        optimizer.step()
+        set_eval_frame(before)
+        assert "step" in seen and not {"_launch", "fits", "prepare"} & {*seen}, seen
+        print("done")
+    """)
+
+
 def test_after_a_compiled_step_the_kernel_is_back(launches, dynamo):
     params = make_params()
     optimizer = train(ours("Adam")(params), make_grads(steps=1))
