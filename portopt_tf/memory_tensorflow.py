@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,12 +26,12 @@ from portopt.kernels import compiler, cpu
 from portopt.kernels.compiler import Loop
 
 Table: TypeAlias = npt.NDArray[np.uint64]
-Found: TypeAlias = tuple[Sequence[Any], Table]
-"""Tensors, which keep their memory while they live, and where it begins."""
+Found: TypeAlias = "tuple[Held, Table]"
+"""What keeps memory while it lives, and where that begins."""
 
-DATA, KIND, HOLDERS, BYTES = range(4)
-"""What `buffers` tells of a tensor: where its elements begin, the class of its buffer in C++, how
-many hold that, and the size of the elements."""
+DATA, KIND, HOLDERS, BYTES, TENSOR = range(5)
+"""What `Held` tells of a tensor: where its elements begin, the class of its buffer in C++, how many
+hold that, the size of the elements, and the tensor of C that holds it as well."""
 
 _AT_ONCE = 128
 """How many variables an op reads. For each number TensorFlow prepares one, in quadratic time."""
@@ -68,9 +68,10 @@ def find(grads: Sequence[Any], sizes: Sequence[int]) -> Found | None:
     """Gradients of one dtype and so many elements, none empty; None if not all in this memory."""
     if not all(map(_is_here, grads)):
         return None
-    found = buffers(grads)
-    fit = np.array_equal(found[:, BYTES], grads[0].dtype.size * np.asarray(sizes, np.uint64))
-    return (grads, found[:, DATA]) if fit else None
+    held = hold([grads], len(grads))
+    sizes_in_bytes = grads[0].dtype.size * np.asarray(sizes, np.uint64)
+    fit = np.array_equal(held.rows[:, BYTES], sizes_in_bytes)
+    return (held, held.rows[:, DATA]) if fit else None
 
 
 class Variables:
@@ -98,86 +99,114 @@ class Variables:
         A value that something else holds, or that lies in memory of another kind, is copied first.
         None if one is still not alone, or not of its variable's size.
         """
-        values, found = self._read()
-        others = self._others(found)
+        held = self._hold()
+        others = self._others(held)
         if others:
+            del held
             with tf.init_scope():  # on no tape
                 for place in others:
-                    copy = tf.raw_ops.DeepCopy(x=values[place])
-                    values[place] = None  # which may give up the memory before the next is copied
+                    ((value,),) = read([self._handles[place]], [self._dtypes[place]])
+                    copy = tf.raw_ops.DeepCopy(x=value)
+                    del value  # so that its memory may be given up before the next is copied
                     tf.raw_ops.AssignVariableOp(resource=self._handles[place], value=copy)
-            del copy, values
-            values, found = self._read()
-        return None if self._others(found) else (values, found[:, DATA])
+            del copy
+            held = self._hold()
+        return None if self._others(held) else (held, held.rows[:, DATA])
 
-    def wrote(self, values: Sequence[Any]) -> None:
+    def wrote(self, held: Held) -> None:
         """Nothing: TensorFlow does not count what is written."""
 
-    def _read(self) -> Found:
-        values = read(self._handles, self._dtypes)
-        return values, buffers(values)
+    def _hold(self) -> Held:
+        return hold(read(self._handles, self._dtypes), len(self._handles))
 
-    def _others(self, found: Table) -> list[int]:
-        return np.flatnonzero((found[:, KIND:] != self._wanted).any(axis=1)).tolist()
+    def _others(self, held: Held) -> list[int]:
+        return np.flatnonzero((held.rows[:, KIND:TENSOR] != self._wanted).any(axis=1)).tolist()
 
 
-def read(handles: Sequence[Any], dtypes: Sequence[tf.DType]) -> list[Any]:
-    """The values of variables, which are not copied."""
-    values: list[Any] = []
+def read(handles: Sequence[Any], dtypes: Sequence[tf.DType]) -> Iterator[list[Any]]:
+    """The values of variables, some at a time, which are not copied."""
     for begin in range(0, len(handles), _AT_ONCE):
         some = list(handles[begin : begin + _AT_ONCE])
         kinds = tuple(dtype.as_datatype_enum for dtype in dtypes[begin : begin + _AT_ONCE])
         attrs = ("N", len(some), "dtypes", kinds)
-        values += execute.execute(
+        yield execute.execute(
             b"_ReadVariablesOp", len(some), inputs=some, attrs=attrs, ctx=context.context()
         )
-    return values
 
 
-def buffers(tensors: Sequence[Any]) -> Table:
-    """What there is to know of the buffers of tensors in this memory, none of them empty.
+def hold(tensors: Iterable[Sequence[Any]], count: int) -> Held:
+    """Hold the buffers of tensors in this memory, none of them empty.
 
-    Returns:
-        A row for each tensor, of `DATA`, `KIND`, `HOLDERS` and `BYTES`.
+    Args:
+        tensors: They, some at a time.
+        count: How many there are in all.
 
     Raises:
-        RuntimeError: it is not known how to find them.
+        RuntimeError: it is not known how to find the buffers.
     """
     place = _place()
     if place is None:
         raise RuntimeError(_NOT_FOUND)
-    return place.look(tensors)
+    return Held(place, tensors, count)
+
+
+class Held:
+    """Buffers, which live as long as this does.
+
+    Tensors of Python would keep them too, but take seven times as much memory themselves.
+
+    Args:
+        place: How to come to them.
+        tensors: Whose they are, some tensors at a time.
+        count: How many tensors there are in all.
+
+    Attributes:
+        rows: For each tensor `DATA`, `KIND`, `HOLDERS`, `BYTES` and `TENSOR`.
+    """
+
+    def __init__(self, place: _Place, tensors: Iterable[Sequence[Any]], count: int) -> None:
+        self._place, begin = place, 0
+        self.rows = np.zeros((count, 5), np.uint64)
+        for some in tensors:
+            place.hold(some, self.rows[begin : begin + len(some)])
+            begin += len(some)
+
+    def __del__(self) -> None:
+        self._place.let_go(self.rows)
 
 
 class _Place(NamedTuple):
     """How to come to tensors' buffers.
 
     Attributes:
-        loop: Over tensors: ``(functions, objects, n, at, status, rows)`` returns how many of ``n``
-            could be asked; ``rows`` takes those of `buffers`.
+        look: Over tensors: ``(functions, objects, n, at, status, rows)`` returns how many of ``n``
+            could be asked; ``rows`` takes those of `Held`.
+        give_back: Over ``rows``: ``(functions, rows, n)`` deletes the tensors of C.
         at: Where a tensor has its buffer: in bytes from its begin in C++.
         status: Where the C functions put their errors.
     """
 
-    loop: Loop
+    look: Loop
+    give_back: Loop
     at: int
     status: int
 
-    def look(self, tensors: Sequence[Any]) -> Table:
+    def hold(self, tensors: Sequence[Any], rows: Table) -> None:
         objects = np.fromiter(tensors, object, len(tensors))
-        rows = np.empty((len(tensors), 4), np.uint64)
         ends = objects.ctypes.data, len(tensors), self.at, self.status, rows.ctypes.data
-        if self.loop.call(self.loop.functions.ctypes.data, *ends) != len(tensors):
+        if self.look.call(self.look.functions.ctypes.data, *ends) != len(tensors):
             raise RuntimeError("TensorFlow does not tell where one of its tensors lies")
-        return rows
+
+    def let_go(self, rows: Table) -> None:
+        self.give_back.call(self.give_back.functions.ctypes.data, rows.ctypes.data, len(rows))
 
     def is_right(self) -> bool:
         """Whether holders are counted as they come and go."""
         variable = _variable(tf.float32)
-        value = read([variable.handle], [tf.float32])
+        (value,) = read([variable.handle], [tf.float32])
 
         def count() -> int:
-            return int(self.look(value)[0, HOLDERS])
+            return int(Held(self, [value], 1).rows[0, HOLDERS])
 
         of_value = count()
         other = variable.read_value()
@@ -197,7 +226,7 @@ def _variable(dtype: tf.DType) -> tf.Variable:
 def _alone(dtype: tf.DType) -> tuple[int, int]:
     """The kind, and the number of holders, of a value just read that nothing else holds."""
     variable = _variable(dtype)
-    (row,) = buffers(read([variable.handle], [dtype])).tolist()
+    (row,) = hold(read([variable.handle], [dtype]), 1).rows.tolist()
     return row[KIND], row[HOLDERS]
 
 
@@ -226,7 +255,9 @@ def _place() -> _Place | None:
     if at is None:
         return None
     kinds = [pointer, pointer, ctypes.c_int64, ctypes.c_int64, pointer, pointer]
-    place = _Place(compiler.loop(_LOOP, functions, kinds), at, status)
+    look = compiler.loop(_LOOK, functions[:-1], kinds)
+    give_back = compiler.loop(_GIVE_BACK, functions[-1:], [pointer, pointer, ctypes.c_int64])
+    place = _Place(look, give_back, at, status)
     try:
         return place if place.is_right() else None
     except tf.errors.OpError:  # variables are read by another op
@@ -259,19 +290,17 @@ def _word(address: int) -> int | None:
         os.close(writing)
 
 
-_LOOP = """\
+_LOOK = """\
 define i64 @kernel(
 ptr %functions, ptr %objects, i64 %n, i64 %at, ptr %status, ptr %rows
 ) {
 %resolve.at = getelementptr ptr, ptr %functions, i64 1
 %data.at = getelementptr ptr, ptr %functions, i64 2
 %size.at = getelementptr ptr, ptr %functions, i64 3
-%delete.at = getelementptr ptr, ptr %functions, i64 4
 %handle = load ptr, ptr %functions
 %resolve = load ptr, ptr %resolve.at
 %data = load ptr, ptr %data.at
 %size = load ptr, ptr %size.at
-%delete = load ptr, ptr %delete.at
 br label %next
 next:
 %i = phi i64 [0, %0], [%i.next, %look]
@@ -293,18 +322,44 @@ look:
 %kind = load i64, ptr %buffer
 %holders.at = getelementptr i64, ptr %buffer, i64 1
 %holders = load atomic i64, ptr %holders.at monotonic, align 8
-call void %delete(ptr %tensor)
-%row.0 = getelementptr [4 x i64], ptr %rows, i64 %i
+%row.0 = getelementptr [5 x i64], ptr %rows, i64 %i
 %row.1 = getelementptr i64, ptr %row.0, i64 1
 %row.2 = getelementptr i64, ptr %row.0, i64 2
 %row.3 = getelementptr i64, ptr %row.0, i64 3
+%row.4 = getelementptr i64, ptr %row.0, i64 4
 store i64 %address, ptr %row.0
 store i64 %kind, ptr %row.1
 store i64 %holders, ptr %row.2
 store i64 %bytes, ptr %row.3
+store ptr %tensor, ptr %row.4
 %i.next = add i64 %i, 1
 br label %next
 done:
 ret i64 %i
+}
+"""
+
+_GIVE_BACK = """\
+define i64 @kernel(ptr %functions, ptr %rows, i64 %n) {
+%delete = load ptr, ptr %functions
+br label %next
+next:
+%i = phi i64 [0, %0], [%i.next, %is.back]
+%more = icmp ult i64 %i, %n
+br i1 %more, label %look, label %done
+look:
+%i.next = add i64 %i, 1
+%row = getelementptr [5 x i64], ptr %rows, i64 %i
+%tensor.at = getelementptr i64, ptr %row, i64 4
+%tensor = load ptr, ptr %tensor.at
+%none = icmp eq ptr %tensor, null
+br i1 %none, label %is.back, label %give
+give:
+call void %delete(ptr %tensor)
+br label %is.back
+is.back:
+br label %next
+done:
+ret i64 %n
 }
 """

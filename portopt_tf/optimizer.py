@@ -8,7 +8,6 @@ import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from operator import is_
 from typing import Any, ClassVar, NamedTuple
 
 import keras
@@ -56,7 +55,8 @@ class _Group:
     plan: Any = None
 
 
-_NONE = _Group((), (), False, {})
+_GROUPS = 4
+"""How many groups an optimizer remembers, as two parts of a model may be updated by turns."""
 
 
 class _Work(NamedTuple):
@@ -100,7 +100,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self, learning_rate: Any, hyperparameters: Mapping[str, Any], **kwargs: Any
     ) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
-        self._group = _NONE
+        self._groups: dict[tuple[int, ...], _Group] = {}
         for name, value in hyperparameters.items():
             if hasattr(self, name):
                 raise TypeError(f"{name!r} cannot be a hyperparameter: Keras uses it for its own")
@@ -265,16 +265,19 @@ class Optimizer(keras.optimizers.Optimizer):
         self._keep(works[-1].program, works[-1].scalars)  # the same with decay and without
 
     def _group_of(self, variables: Sequence[Any]) -> _Group:
-        """What is known of these variables, if they are the last step's."""
-        group = self._group
-        if len(group.variables) != len(variables) or not all(map(is_, group.variables, variables)):
+        """What is known of these variables, if a step was on them lately."""
+        key = tuple(map(id, variables))  # of variables that live as long as their group
+        group = self._groups.get(key)
+        if group is None:
             for variable in variables:
                 check_dtype(variable)
             shapes = [shape_of(variable) for variable in variables]
             group = _Group([*variables], shapes, _can_be_compiled(variables), {})
             for place, variable in enumerate(variables):
                 group.places.setdefault(self.variant(variable), []).append(place)
-            self._group = group
+            if len(self._groups) == _GROUPS:
+                self._groups.pop(next(iter(self._groups)), None)  # the oldest
+            self._groups[key] = group
         return group
 
     def _launched(self, group: _Group, works: Sequence[_Work], grads: Sequence[Any]) -> bool:
@@ -319,7 +322,7 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def exclude_from_weight_decay(self, *args: Any, **kwargs: Any) -> None:
         super().exclude_from_weight_decay(*args, **kwargs)
-        self._group = _NONE  # which knew who decays
+        self._groups.clear()  # which knew who decays
 
     def _apply_weight_decay(self, variables: Any) -> None:
         """Nothing: decay is a part of the rule."""

@@ -14,8 +14,8 @@ from support import assert_agree, gradients
 import portopt_tf
 from portopt.kernels import compiler, cpu, slow
 from portopt.trace import trace
+from portopt_tf import launch, optimizer
 from portopt_tf import memory_tensorflow as memory
-from portopt_tf import optimizer
 
 SLOW = "portopt_tf steps without a kernel, slowly: "
 
@@ -50,8 +50,8 @@ def without(monkeypatch):
 
 
 def address(variable):
-    (row,) = memory.buffers(memory.read([variable.handle], [tf.as_dtype(variable.dtype)]))
-    return row[memory.DATA]
+    values = memory.read([variable.handle], [tf.as_dtype(variable.dtype)])
+    return memory.hold(values, 1).rows[0, memory.DATA]
 
 
 # Bits
@@ -62,7 +62,8 @@ def test_same_bits_as_one_by_one(label, launches, monkeypatch):
     _, ours = case(label, learning_rate=0.25)
     made = apply_steps(ours, raw_variables("float32"))
     actual = [*arrays(made), *arrays(ours.variables)]
-    programs = [trace(ours.rule_for(variant, 0.25)) for variant in ours._group.places]
+    (group,) = ours._groups.values()
+    programs = [trace(ours.rule_for(variant, 0.25)) for variant in group.places]
     assert launches == [3] * 6 * all(program.elementwise for program in programs)
     without(monkeypatch)
     _, ours = case(label, learning_rate=0.25)
@@ -295,6 +296,19 @@ def test_gradients_that_come_and_go(launches):
     for variable, value in zip(variables, expected, strict=True):
         assert_agree(variable.numpy(), value, "float32")
     assert launches == [3, 1, 3, 2]
+
+
+def test_parts_of_a_model_that_take_turns_keep_their_plans(monkeypatch):
+    made, plan = [], launch.Plan
+    monkeypatch.setattr(launch, "Plan", lambda *args: made.append(args) or plan(*args))
+    ours, variables = portopt_tf.Adam(0.5), raw_variables("float32")
+    ours.build(variables)
+    parts = variables[:1], variables[1:], variables[::2], variables[::-1], variables
+    for part in (*parts[:4] * 3, *parts):  # a fifth, for which the oldest is forgotten
+        ours.apply([tf.ones(v.shape) for v in part], part)
+    assert len(made) == 5
+    ours.apply([tf.ones(v.shape) for v in parts[0]], parts[0])
+    assert len(made) == 6
 
 
 def test_a_variable_given_twice_is_updated_twice(launches):
