@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 
 from portopt.arrays import STORAGE_DTYPES, Namespace, compute_dtype
-from portopt.plan import Member, Name, NDArray, Places, Plan, dtype_name, state_of
+from portopt.plan import Member, Name, NDArray, Places, Plan, checked_step, dtype_name, state_of
 from portopt.program import Program
 from portopt.rules import Around, Rule
 from portopt.rules.base import Slots
@@ -63,9 +63,7 @@ class Optimizer:
     ) -> None:
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be a portopt.Rule, such as rules.Adam(), got {rule!r}")
-        if not isinstance(around, Around | None):
-            raise TypeError(f"around must be a portopt.Around or None, got {around!r}")
-        self.rule, self.around = rule, around or Around()
+        self.rule, self.around = rule, around
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[Name, dict[str, Any]] = {}
         self.training = True
@@ -75,6 +73,17 @@ class Optimizer:
             groups = [{"params": params}]
         for group in groups:
             self.add_param_group(group)
+
+    @property
+    def around(self) -> Around:
+        """What stands around the rule; it may be changed between steps."""
+        return self._around
+
+    @around.setter
+    def around(self, around: Around | None) -> None:
+        if not isinstance(around, Around | None):
+            raise TypeError(f"around must be a portopt.Around or None, got {around!r}")
+        self._around = around or Around()
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """Add parameters with hyperparameters of their own.
@@ -218,10 +227,12 @@ class Optimizer:
                     _check_param(name, param)
                     dtype = np.dtype(compute_dtype(param.dtype.name))
                     slots = {k: np.asarray(x, dtype) for k, x in self.state[name].items()}
+                    own = np.asarray(param)  # a mask is not to hold anything back
                     to = rule.trained if training else rule.evaluated
-                    new.append((param, to(cast(Namespace, np), param.astype(dtype), Slots(slots))))
-        for param, value in new:
-            param[...] = value
+                    wide: Any = own.astype(dtype)
+                    new.append((own, to(cast(Namespace, np), wide, Slots(slots))))
+        for own, value in new:
+            own[...] = value
         self.training = training
 
     def _check_training(self) -> None:
@@ -274,10 +285,7 @@ class Optimizer:
                 raise ValueError(f"state[{name!r}] is of no parameter: there are {list(arrays)}")
             rule, param = rule_of[name], arrays[name]
             _check_state(name, entries, rule, trace(rule, self.around, param.shape), param)
-        self.state = {
-            name: {**_copy(entries), "step": int(entries["step"])}
-            for name, entries in state_dict["state"].items()
-        }
+        self.state = {name: _copy(entries) for name, entries in state_dict["state"].items()}
         for group, rule in zip(self.param_groups, rules, strict=True):
             group.update(rule.values())
 
@@ -285,10 +293,18 @@ class Optimizer:
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
             got = _shown(state_dict)
             raise TypeError(f'state_dict must be a dict with "state" and "param_groups", got {got}')
-        for place, group in enumerate(state_dict["param_groups"]):
+        state, groups = state_dict["state"], state_dict["param_groups"]
+        for what, value, kind in (("state", state, Mapping), ("param_groups", groups, Sequence)):
+            if not isinstance(value, kind):
+                name = kind.__name__.lower()
+                raise TypeError(f"state_dict[{what!r}] must be a {name}, got {value!r}")
+        for place, group in enumerate(groups):
             wanted = ["params", *self.rule.values()]
             if not isinstance(group, Mapping) or set(group) != set(wanted):
                 raise ValueError(f"param_groups[{place}] must have {wanted}, got {_shown(group)}")
+            if not isinstance(group["params"], Iterable):
+                got = group["params"]
+                raise TypeError(f"param_groups[{place}]['params'] must be names, got {got!r}")
 
     def _arrays(self) -> dict[Name, NDArray]:
         return {k: array for group in self.param_groups for k, array in group["params"].items()}
@@ -359,7 +375,10 @@ def _shown(given: Any) -> Any:
 
 
 def _copy(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.copy("K") if isinstance(v, np.ndarray) else v for k, v in entries.items()}
+    """Arrays of their own, and Python's numbers."""
+    numbers = {k: float(v) for k, v in entries.items() if not isinstance(v, np.ndarray)}
+    arrays = {k: v.copy("K") for k, v in entries.items() if isinstance(v, np.ndarray)}
+    return {**numbers, "step": int(entries["step"]), **arrays}
 
 
 def _check_param(name: Name, array: Any) -> None:
@@ -404,9 +423,7 @@ def _check_state(
     if not isinstance(entries, Mapping) or set(entries) != {"step", *slots}:
         got = _shown(entries)
         raise ValueError(f"state[{name!r}] must have step and the slots {slots}, got {got}")
-    step = entries["step"]
-    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
-        raise TypeError(f"state[{name!r}]['step'] must be an int of at least 0, got {step!r}")
+    checked_step(f"state[{name!r}]['step']", entries["step"])
     for number in program.numbers:
         if isinstance(entries[number], bool) or not isinstance(entries[number], numbers.Real):
             raise TypeError(

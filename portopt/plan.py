@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property, partial
@@ -118,11 +117,9 @@ class Plan:
 
     def grad_norm(self) -> float:
         """The 2-norm of all gradients together."""
-        sums = chain.from_iterable(batch.square_sums() for batch in self._batches)
-        try:
-            return math.sqrt(math.fsum(sums))
-        except OverflowError:  # each sum is finite, but not that of all
-            return math.inf
+        from portopt.kernels import cpu
+
+        return cpu.norm(chain.from_iterable(batch.square_sums() for batch in self._batches))
 
     def prepare(self, values: Sequence[Mapping[str, Any]]) -> None:
         """Form the scalars of the step; changes nothing.
@@ -135,11 +132,12 @@ class Plan:
 
     def run(self, state: dict[Name, State]) -> None:
         """Update parameters and slots, and note in ``state``, the optimizer's, that it is done."""
+        from portopt.kernels import pool
+
         state.update(self._states)
         for batch in self._batches:
             batch.count()
-        for batch in self._batches:
-            batch.run()
+        pool.finish(batch.run for batch in self._batches)
 
 
 class _Batch:
@@ -158,9 +156,11 @@ class _Batch:
 
     def square_sums(self) -> Iterable[float]:
         """Sums of squares of the gradients."""
+        from portopt.kernels import cpu
+
         grads = [member.operands[self.program.operands.index("grad")] for member in self.members]
-        with np.errstate(all="ignore"):
-            return [float(np.square(grad, dtype=np.float64).sum()) for grad in grads]
+        native = grads[0].dtype.newbyteorder("=")
+        return cpu.square_sums([np.require(np.asarray(grad), native, ["C", "A"]) for grad in grads])
 
     def prepare(self, values: Sequence[Mapping[str, Any]]) -> None:
         """As `Plan.prepare`."""
@@ -173,10 +173,9 @@ class _Batch:
             places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
             kinds, self.which = [*places], [*map(places.__getitem__, keys)]
         self.scalars, self.new = [], []
-        for group, step, *numbers in kinds:
-            if step < 0:  # by somebody else: else the state has been looked at
-                raise TypeError(f"a state's 'step' must be an int of at least 0, got {step!r}")
-            named = dict(zip(self.program.numbers, numbers, strict=True))
+        for group, given, *numbers in kinds:
+            step = checked_step("a state's 'step'", given)  # somebody may have changed it
+            named = dict(zip(self.program.numbers, map(float, numbers), strict=True))
             scalars = self.program.scalars({**values[group], **named}, step + 1)
             self.scalars.append(scalars)
             kept = _rounded(self.program.kept(scalars), self.storage[0])
@@ -262,7 +261,8 @@ class _Launch(_Batch):
     def square_sums(self) -> Iterable[float]:
         """Sums of squares of the gradients."""
         self.square_sum.table[:, 0] = self.step.table[:, 1]
-        return [self.square_sum.run(self.threads())]
+        sums: NDArray = self.square_sum.run(self.threads())
+        return sums
 
     def run(self) -> None:
         """Update every parameter and slot."""
@@ -325,6 +325,13 @@ def state_of(entries: Mapping[str, Any], rule: Rule, program: Program, param: ND
         **_rounded(first, dtype_name(param.dtype)),
         **slots,
     }
+
+
+def checked_step(what: str, step: Any) -> int:
+    """A number of steps; a TypeError, which begins with ``what``, if it is none."""
+    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
+        raise TypeError(f"{what} must be an int of at least 0, got {step!r}")
+    return int(step)
 
 
 def _rounded(numbers: Mapping[str, float], dtype: str) -> dict[str, float]:

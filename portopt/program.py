@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -330,6 +331,10 @@ class Program:
         return "\n".join([*lines, f"    new {', '.join(outputs)}"])
 
 
+_LONGEST = 20
+"""Of so many operations an expression may be; what is longer keeps its line."""
+
+
 class _Printer:
     """Writes instructions as expressions: a made-up name used once gives way to what it stands for.
 
@@ -342,11 +347,12 @@ class _Printer:
         new = (*program.outputs, *program.number_outputs)
         args = [a for line in lines for a in line.args] + [name for _, name in new]
         hoisted = {line.name for line in program.scalar_part} & set(program.scalar_names)
-        self.inline = {
-            name
-            for name in self.lines
-            if MADE_UP.fullmatch(name) and args.count(name) == 1 and name not in hoisted
-        }
+        uses, self.inline, size = Counter(args), set[str](), dict[Operand, int]()
+        for line in lines:
+            size[line.name] = 1 + sum(size[arg] for arg in line.args if arg in self.inline)
+            is_plain = MADE_UP.fullmatch(line.name) and line.name not in hoisted
+            if is_plain and uses[line.name] == 1 and size[line.name] <= _LONGEST:
+                self.inline.add(line.name)
 
     def part(self, lines: tuple[Instruction, ...]) -> list[str]:
         shown = [line for line in lines if line.name not in self.inline]
@@ -362,8 +368,9 @@ class _Printer:
         op, args = OPS[line.op], [self.text(arg) for arg in line.args]
         if op.binding == 9:
             return f"{op.symbol}({', '.join(text for text, _ in args)})", 9
-        # Operators group from the left; the power from the right, where a minus needs no brackets.
-        left, right = op.binding, op.binding + 1
+        # Operators group from the left, but for comparisons, which Python would chain; the power
+        # groups from the right, where a minus needs no brackets.
+        left, right = op.binding + (line.op == "less"), op.binding + 1
         if line.op == "pow":
             left, right = right, OPS["neg"].binding
         parts = [

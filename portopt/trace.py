@@ -8,6 +8,7 @@ protocol does not have, or what would not mean the same everywhere, is refused w
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from dataclasses import fields
 from keyword import iskeyword
@@ -125,9 +126,8 @@ class _Tracer:
         outputs, counts = self.outputs(result, slots, numbers)
         for name, value in outputs.items():
             if value.known_shape != shapes[name]:
-                raise self.fail(
-                    f"must return {name} of shape {shapes[name]}, returned {value.known_shape}"
-                )
+                wanted = "its parameter's shape" if self.shape is None else f"shape {shapes[name]}"
+                raise self.fail(f"must return {name} of {wanted}, returned {value.known_shape}")
         lines = self.name_lines(outputs | counts)
         program = Program(
             rule=cls.__name__,
@@ -188,13 +188,14 @@ class _Tracer:
 
     def record(self, op: str, *operands: Any) -> Symbol:
         args = tuple(self.operand(op, value) for value in operands)
+        if any(isinstance(arg, Symbol) and arg.kind != "scalar" for arg in args):
+            args = tuple(self.beside_arrays(op, arg) for arg in args)
         kinds = [arg.kind if isinstance(arg, Symbol) else "scalar" for arg in args]
         self.check(op, args, kinds)
         kind = "scalar" if set(kinds) == {"scalar"} else "mask" if op == "less" else "array"
         key = (op, *(id(arg) if isinstance(arg, Symbol) else repr(arg) for arg in args))
         if key not in self.recorded:
-            shape = None if self.shape is None else self.shape_of(op, args)
-            self.recorded[key] = Symbol(self, kind, op, args, shape=shape)
+            self.recorded[key] = Symbol(self, kind, op, args, shape=self.shape_of(op, args))
             self.note_frames()
         return self.recorded[key]
 
@@ -202,11 +203,22 @@ class _Tracer:
         if isinstance(value, Symbol) and value.tracer is self:
             return value
         if type(value) in (int, float):  # a NumPy scalar would make a float32 array float64
+            if value == 0 and math.copysign(1, value) < 0:
+                return self.record("neg", 0.0)  # -0.0 is equal to 0.0, and so would programs be
             return value
         raise self.fail(
             f"uses {type(value).__name__} {value!r} in {op}: only its arguments, its "
             "hyperparameters and Python's ints and floats can be used"
         )
+
+    def beside_arrays(self, op: str, value: Any) -> Any:
+        """A number as all namespaces take it: JAX reads an int as one of 32 bits."""
+        if type(value) is int and abs(value) >= 2**31:
+            try:
+                return float(value)
+            except OverflowError as error:
+                raise self.fail(f"uses in {op} an int beyond every float: {error}") from error
+        return value
 
     def check(self, op: str, args: tuple[Any, ...], kinds: list[Kind]) -> None:
         def shown() -> str:
@@ -237,9 +249,15 @@ class _Tracer:
         elif op == "pow":
             raise self.fail(f"computes {args[0]!r} ** {args[1]!r}: use x * x or xp.sqrt(x)")
 
-    def shape_of(self, op: str, args: tuple[Any, ...]) -> Shape:
-        """The shape of an operation's result, by the rules of the array API standard."""
+    def shape_of(self, op: str, args: tuple[Any, ...]) -> Shape | None:
+        """The shape of an operation's result, by the rules of the array API standard.
+
+        None if it is the parameter's, which is not known.
+        """
         arrays = [arg for arg in args if isinstance(arg, Symbol) and arg.kind != "scalar"]
+        if self.shape is None:
+            whole = op == "sum" or all(array.known_shape == () for array in arrays)
+            return () if whole else None
         shapes = [array.shape for array in arrays]
         first = shapes[0] if shapes else ()
         try:
@@ -279,7 +297,7 @@ class _Tracer:
                 needed.add(id(symbol))
                 stack += [arg for arg in symbol.args if isinstance(arg, Symbol)]
         lines = [symbol for symbol in self.recorded.values() if id(symbol) in needed]
-        taken = {*self.inputs}
+        taken = {*self.inputs, *(op.symbol for op in OPS.values())}
 
         def give(symbol: Symbol, name: str) -> None:
             if symbol.op and not symbol.name:
@@ -361,11 +379,11 @@ class Symbol:
     @property
     def shape(self) -> Shape:
         """The shape of an array, for a rule that looks at it."""
-        if self.known_shape is None or self.kind == "scalar":
+        if self.tracer.shape is None or self.kind == "scalar":
             raise self.tracer.fail(
                 f"asks for the shape of {self!r}: only of arrays, and with `by_shape = True`"
             )
-        return self.known_shape
+        return self.known_shape or ()
 
     def instruction(self) -> Instruction:
         """What this symbol recorded, by the names given at the end."""

@@ -113,8 +113,8 @@ class Batch:
         self.step = cpu.Step(self.program, stored, table, sizes, first)
         self.make_square_sum = partial(cpu.SquareSum, stored[1], table[:, 1], sizes)
 
-    def sum_squares(self) -> Any:
-        """The sum of squares of all gradients: a number, or a tensor of one on the device."""
+    def sum_squares(self) -> Tensor:
+        """Sums of squares of all gradients, on the device if there is one."""
         self.square_sum.table[:, 0] = self.places()
         return self._sum_squares()
 
@@ -123,8 +123,8 @@ class Batch:
         """The norm's launch, which few steps need."""
         return self.make_square_sum()
 
-    def _sum_squares(self) -> Any:
-        return self.square_sum.run(torch.get_num_threads())
+    def _sum_squares(self) -> Tensor:
+        return torch.from_numpy(self.square_sum.run(torch.get_num_threads()))
 
     def prepare(self, values: Sequence[Mapping[str, Any]]) -> None:
         """Form the scalars of the next step; changes no tensor.
@@ -196,8 +196,9 @@ class CudaBatch(Batch):
         self.step = cuda.Step(self.program, stored, table, sizes, device)
         self.make_square_sum = partial(cuda.SquareSum, stored[1], table[:, 1], sizes, device)
 
-    def _sum_squares(self) -> Any:
-        return self.square_sum.run()
+    def _sum_squares(self) -> Tensor:
+        sums: Tensor = self.square_sum.run()
+        return sums
 
     def prepare(self, values: Sequence[Mapping[str, Any]]) -> None:
         if not self.on_device:

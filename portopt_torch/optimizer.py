@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from portopt.kernels import pool
 from portopt.program import Program
 from portopt.rules import Around, HyperparameterError, Rule
 from portopt.trace import specialized, trace
@@ -323,8 +325,7 @@ class Optimizer(torch.optim.Optimizer):
         except Exception:
             plan.undo(self)
             raise
-        for batch in plan.batches:
-            batch.run(skip)
+        pool.finish(partial(batch.run, skip) for batch in plan.batches)
         if skip is not None:
             plan.zero_grads()
         self._plan = None if compiling else plan.done()

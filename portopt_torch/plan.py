@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from portopt.kernels import cpu
 from portopt.kernels.contents import Contents
 from portopt.program import Program
 from portopt.rules import Around, Rule
@@ -196,12 +197,14 @@ class Plan(NamedTuple):
     @torch.no_grad()
     def grad_norm(self) -> Any:
         """The 2-norm of all gradients together: a number, or a tensor of one on the device."""
-        total: Any = sum(batch.sum_squares() for batch in self.batches)
+        sums = [batch.sum_squares() for batch in self.batches]
         for member in self.rest:
             grad = gradient(member.param)
             real = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
-            total = total + torch.linalg.vector_norm(real, dtype=torch.float64).square()
-        return total.sqrt() if self.on_device else math.sqrt(host(total))
+            sums.append(torch.linalg.vector_norm(real, dtype=torch.float64).square())
+        if self.on_device:
+            return torch.stack(sums).sum().sqrt()
+        return cpu.norm(chain.from_iterable(one.reshape(-1).tolist() for one in sums))
 
 
 def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -134,9 +134,9 @@ class Step(Launch):
 
 
 class SquareSum(Launch):
-    """The sum of squares of gradients that are stored alike, in float64.
+    """The sums of squares of gradients that are stored alike, in float64, span by span.
 
-    It is the same for every number of threads.
+    They are the same for every number of threads.
 
     Args:
         dtype: The gradients' dtype.
@@ -150,13 +150,30 @@ class SquareSum(Launch):
         self.sums = np.zeros(len(self.spans))
         self.table[:, 1] = self.sums.ctypes.data
 
-    def run(self, threads: int) -> float:
-        """The sum."""
+    def run(self, threads: int) -> npt.NDArray[np.float64]:
+        """The sum of each span."""
         self.launch(threads)
-        try:
-            return math.fsum(self.sums)
-        except OverflowError:  # each sum is finite, but not that of all
-            return math.inf
+        return self.sums
+
+
+def square_sums(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.float64]:
+    """The sum of squares, in float64, of each span of contiguous arrays of one dtype."""
+    (dtype,) = {array.dtype.name for array in arrays}
+    if refusal((dtype,)) is None:
+        addresses = [array.ctypes.data for array in arrays]
+        return SquareSum(dtype, addresses, [array.size for array in arrays]).run(threads())
+    flat = (array.reshape(-1) for array in arrays)
+    pieces = (one[begin : begin + SPAN] for one in flat for begin in range(0, one.size, SPAN))
+    with np.errstate(all="ignore"):
+        return np.array([np.square(piece, dtype=np.float64).sum() for piece in pieces])
+
+
+def norm(square_sums: Iterable[float]) -> float:
+    """The 2-norm of what has these sums of squares; it does not depend on their order."""
+    try:
+        return math.sqrt(math.fsum(square_sums))
+    except OverflowError:  # each sum is finite, but not that of all
+        return math.inf
 
 
 @cache

@@ -66,10 +66,10 @@ class Job:
         first: int = 0,
         linger: int = 0,
     ) -> None:
-        self._shares = shares
+        self._shares, self._memory = shares, list[_Words]()
         head = [kernel, first, linger, shares]
         self._begin: list[Any] = [*head, *[0] * (len(_JOB) - len(head)), *arguments]
-        self._memory = [self._filled()]
+        self._memory.append(self._filled())
 
     def _filled(self) -> _Words:
         words = _memory()
@@ -110,6 +110,18 @@ class Job:
         if interrupt is not None:
             raise interrupt
         return said
+
+
+def finish(actions: Iterable[Callable[[], object]]) -> None:
+    """Do all; an interrupt meanwhile is raised at the end."""
+    interrupt = None
+    for action in actions:
+        try:
+            action()
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def join(library: ctypes.CDLL) -> None:

@@ -147,8 +147,9 @@ class Hyperparameters(abc.ABC):  # noqa: B024 (what derives from it may be abstr
     def structure(self) -> tuple[object, ...]:
         """All that may be branched on: with equal structures go equal programs."""
         return tuple(
-            is_zero(getattr(self, name)) if field.is_scalar else getattr(self, name)
+            is_zero(value) if field.is_scalar else repr(value) if is_zero(value) else value
             for name, field in _fields(type(self)).items()
+            for value in [getattr(self, name)]
         )
 
     @classmethod

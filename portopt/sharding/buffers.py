@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portopt.arrays import STORAGE_DTYPES, compute_dtype, namespace
+from portopt.plan import Places
 from portopt.program import Program
 
 
@@ -51,6 +52,13 @@ class Buffers:
             raise ValueError(f"{what} must be contiguous in C's order and aligned, is not")
         if getattr(array, "requires_grad", False):
             raise ValueError(f"{what} must not require a gradient: pass its .detach()")
+
+    def check_apart(self, arrays: Mapping[Any, Any]) -> None:
+        """Refuse parameters, by name, that share memory, if the library tells.
+
+        Raises:
+            ValueError: two do.
+        """
 
     def cut(self, array: Any, start: int, length: int) -> Any:
         """Elements of an array as a flat one."""
@@ -108,15 +116,7 @@ class Buffers:
         sums = np.zeros(len(chunks))
         for dtype in {chunk.dtype for chunk in chunks}:
             places = [place for place, chunk in enumerate(chunks) if chunk.dtype == dtype]
-            some = [chunks[place] for place in places]
-            if cpu.refusal((dtype.name,)) is None:
-                addresses = [chunk.ctypes.data for chunk in some]
-                square_sum = cpu.SquareSum(dtype.name, addresses, [chunk.size for chunk in some])
-                square_sum.launch(cpu.threads())
-                sums[places] = square_sum.sums
-            else:
-                with np.errstate(all="ignore"):
-                    sums[places] = [np.square(chunk, dtype=np.float64).sum() for chunk in some]
+            sums[places] = cpu.square_sums([chunks[place] for place in places])
         return sums
 
     def run(self, work: Sequence[Work]) -> list[dict[str, Any]]:
@@ -148,6 +148,14 @@ class NumPyBuffers(Buffers):
         super().check(what, array)
         if not self.writable(array):
             raise ValueError(f"{what} must be writable, got a read-only array")
+
+    def check_apart(self, arrays: Mapping[Any, Any]) -> None:
+        """See `Buffers`."""
+        places = Places(arrays)
+        for name, array in arrays.items():
+            other = places.sharing(array, but=name)
+            if other is not None:
+                raise ValueError(f"params[{name!r}] shares memory with params[{other!r}]")
 
     def writable(self, array: Any) -> bool:
         """See `Buffers`."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from portopt.kernels import cpu
 from portopt.sharding.buffers import Buffers
 from portopt.sharding.collectives import Collectives
 from portopt.sharding.plan import Plan, Span
@@ -55,14 +55,7 @@ def grad_norm(
     }
     sums = np.zeros(sum(map(len, chunks)))
     sums[list(mine)] = buffers.square_sums(list(mine.values()))
-    by_dtype: dict[str, list[float]] = {}
-    values = collectives.all_reduce(sums).tolist()
-    for chunk, value in zip(itertools.chain(*chunks), values, strict=True):
-        by_dtype.setdefault(buffers.dtype(params[chunk.tensor]), []).append(value)
-    try:
-        return math.sqrt(sum(map(math.fsum, by_dtype.values())))
-    except OverflowError:  # each sum is finite, but not that of all
-        return math.inf
+    return cpu.norm(collectives.all_reduce(sums))
 
 
 def _heads(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 
 from portopt.arrays import SIZES
+from portopt.plan import checked_step
 from portopt.program import Program
 from portopt.rules import Around, Rule
 from portopt.rules.around import AVERAGE, initial
@@ -21,6 +22,23 @@ from portopt.sharding.plan import Span, divide
 from portopt.trace import trace
 
 Name: TypeAlias = "int | str"
+T = TypeVar("T")
+
+
+class _Part(NamedTuple):
+    """What a worker has to do for a parameter, of which it has a span.
+
+    Attributes:
+        name: The parameter's.
+        span: Its own.
+        state: What becomes of the span's state, but for the slots.
+        work: The update.
+    """
+
+    name: Name
+    span: Span
+    state: dict[str, Any]
+    work: Work
 
 
 class Sharded:
@@ -55,8 +73,8 @@ class Sharded:
 
     Raises:
         TypeError: a parameter is of a wrong type or dtype; an unknown hyperparameter.
-        ValueError: no parameters, one that is there twice or cannot be cut or written, or a
-            hyperparameter or ``stage`` that is not allowed.
+        ValueError: no parameters, one that is there twice or cannot be cut or written or shares
+            memory with another, or a hyperparameter or ``stage`` that is not allowed.
 
     Source:
         Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter
@@ -97,6 +115,7 @@ class Sharded:
         self._params = {
             name: array for group in self.param_groups for name, array in group["params"].items()
         }
+        buffers.check_apart(self._params)
         self._names = list(self._params)
         cuttable = {
             name: trace(self._rule(group), self.around, _shape(array)).elementwise
@@ -119,8 +138,11 @@ class Sharded:
 
         Raises:
             TypeError, ValueError: a gradient is missing, unknown, or of another shape or dtype, or
-                not there on all workers, or a group's hyperparameter is not allowed; nothing is
-                changed then.
+                not there on all workers, or a group's hyperparameter is not allowed, or what is in
+                ``state`` does not fit, or a parameter has become read-only; nothing is changed
+                then.
+            ArithmeticError: a scalar is no real number; nothing is changed then.
+            RuntimeError: another worker cannot make the step; nothing is changed then.
         """
         given = self._checked(grads)
         rules = [self._rule(group) for group in self.param_groups]
@@ -141,7 +163,8 @@ class Sharded:
             values = values | {"grad_norm": norm}
             finite = math.isfinite(norm) or not self.around.skip_nonfinite
         if finite:
-            self._update(rules, pieces, values)
+            parts = self._together(lambda: self._parts(rules, pieces, values))
+            self._update(parts)
             self._gather(given)
         for grad in given.values() if self.around.zero_grad else ():
             if grad is not None:
@@ -157,6 +180,20 @@ class Sharded:
                     f"grads[{name!r}] must be None on all workers or on none, is an array on "
                     f"{workers:g} of {self.collectives.size}"
                 )
+
+    def _together(self, prepare: Callable[[], T]) -> T:
+        """Do what may fail before anything is changed; all workers go on, or none."""
+        result, failure = None, None
+        try:
+            result = prepare()
+        except Exception as error:
+            failure = error
+        failed = self.collectives.all_reduce(np.array([failure is not None], np.float64)).item()
+        if failure is not None:
+            raise failure
+        if failed:
+            raise RuntimeError(f"{failed:g} other workers cannot make the step: nothing is changed")
+        return cast(T, result)
 
     def _averaged(self, given: Mapping[Name, Any]) -> dict[Span, Any]:
         """The averaged gradients that this worker may see, as pieces."""
@@ -174,14 +211,13 @@ class Sharded:
             for span, piece in zip(some, theirs, strict=True)
         }
 
-    def _update(
+    def _parts(
         self, rules: Sequence[Rule], pieces: Mapping[Span, Any], values: Mapping[str, Any]
-    ) -> None:
+    ) -> list[_Part]:
+        """What this worker has to do; changes nothing."""
         around = replace(self.around, zero_grad=False)
         mine = {self._names[s.tensor]: s for s in self.plan.spans[self.collectives.rank]}
-        places: list[tuple[Name, Span]] = []
-        states: list[dict[str, Any]] = []
-        work: list[Work] = []
+        parts: list[_Part] = []
         for rule, group in zip(rules, self.param_groups, strict=True):
             fixed, known = {**values, **vars(rule)}, {}
             for name, array in group["params"].items():
@@ -195,7 +231,7 @@ class Sharded:
                     for piece in (self.buffers.cut(array, *span[1:]), pieces[span])
                 )
                 program = trace(rule, around, _shape(array))
-                state = self._state(self.state.get(name, {}), rule, program, param, shape)
+                state = self._state(name, rule, program, param, shape)
                 state["step"] += 1
                 own = {number: state[number] for number in program.numbers}
                 key = (program, state["step"], *own.values())
@@ -204,20 +240,26 @@ class Sharded:
                 state |= self._rounded(program.kept(known[key]), array)
                 arrays = {"param": param, "grad": grad, **state}
                 operands = {operand: arrays[operand] for operand in program.operands}
-                work.append(Work(program, known[key], operands))
-                places.append((name, span))
-                states.append(state)
-        results = self.buffers.run(work)
-        for (name, span), state, item, new in zip(places, states, work, results, strict=True):
-            self.state[name] = state | {slot: new[slot] for slot in item.program.slots}
-            if new["param"] is not item.operands["param"]:
+                parts.append(_Part(name, span, state, Work(program, known[key], operands)))
+        return parts
+
+    def _update(self, parts: Sequence[_Part]) -> None:
+        results = self.buffers.run([part.work for part in parts])
+        for (name, span, state, work), new in zip(parts, results, strict=True):
+            self.state[name] = state | {slot: new[slot] for slot in work.program.slots}
+            if new["param"] is not work.operands["param"]:
                 flat = self.buffers.shaped(new["param"], (span.length,))
                 self.buffers.write(self._params[name], span.start, flat)
 
     def _state(
-        self, entries: Mapping[str, Any], rule: Rule, program: Program, param: Any, shape: Any
+        self, name: Name, rule: Rule, program: Program, param: Any, shape: Any
     ) -> dict[str, Any]:
-        """A span's state with just the slots that the program has now."""
+        """A span's state with just the slots that the program has now.
+
+        Raises:
+            TypeError, ValueError: what is there does not fit, by somebody else's hand.
+        """
+        entries = self.state.get(name, {})
         shapes = {AVERAGE: shape, **rule.slot_shapes(shape)}
 
         def begin(slot: str) -> Any:
@@ -226,10 +268,17 @@ class Sharded:
                 return self.buffers.copy(param)
             return self.buffers.full(param, shapes[slot], value)
 
+        for slot in (slot for slot in program.slots if slot in entries):
+            what = f"state[{name!r}][{slot!r}]"
+            self.buffers.check(what, entries[slot])
+            if _shape(entries[slot]) != shapes[slot]:
+                wanted, got = shapes[slot], _shape(entries[slot])
+                raise ValueError(f"{what} must have shape {wanted}, has {got}")
+        step = checked_step(f"state[{name!r}]['step']", entries.get("step", 0))
         slots = {slot: entries[slot] if slot in entries else begin(slot) for slot in program.slots}
         first = {name: rule.initial(name) for name in program.numbers if name not in entries}
-        kept = {name: entries[name] for name in program.numbers if name in entries}
-        return {"step": entries.get("step", 0), **kept, **self._rounded(first, param), **slots}
+        kept = {name: float(entries[name]) for name in program.numbers if name in entries}
+        return {"step": step, **kept, **self._rounded(first, param), **slots}
 
     def _rounded(self, numbers: Mapping[str, float], param: Any) -> dict[str, float]:
         """A rule's numbers as frameworks keep them: in float32, if the parameter is no float64."""
@@ -302,6 +351,7 @@ class Sharded:
         for name, grad in named.items():
             if grad is not None:
                 param = self._params[name]
+                self.buffers.check(f"params[{name!r}]", param)  # which may have become read-only
                 expected = _shape(param), self.buffers.dtype(param)
                 if not hasattr(grad, "dtype"):
                     raise TypeError(f"grads[{name!r}] must be an array, got {grad!r}")

@@ -236,7 +236,7 @@ def _softmax_cross_entropy(logits: Array, /, *, labels: Array) -> Result:
     def grad_logits(g: Array) -> Array:
         difference: Array = e / total
         difference[picked] -= 1
-        return difference * (g / len(labels))
+        return difference * ops.shared(g, len(labels))
 
     return np.mean(np.log(total[:, 0]) - shifted[picked]), grad_logits
 

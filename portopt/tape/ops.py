@@ -94,7 +94,7 @@ def pow(a: Array, b: Array, /) -> Result:
 
     def grad_b(g: Array) -> Array:
         base = np.where(np.equal(a, 0) & np.greater_equal(b, 0), 1, a)
-        return unbroadcast(g * value * np.log(base).astype(g.dtype), b)
+        return unbroadcast(g * value * np.log(base.astype(g.dtype)), b)
 
     return value, grad_a, grad_b
 
@@ -234,7 +234,7 @@ def mean(x: Array, /, *, axis: Axis = None, keepdims: bool = False) -> Result:
     """
     value = np.mean(x, axis=axis, keepdims=keepdims)
     count = np.size(x) // (np.size(value) or 1)
-    return value, lambda g: np.broadcast_to(_with_axes(g / count, axis, keepdims), x.shape)
+    return value, lambda g: np.broadcast_to(_with_axes(shared(g, count), axis, keepdims), x.shape)
 
 
 @primitive
@@ -250,8 +250,8 @@ def max(x: Array, /, *, axis: Axis = None, keepdims: bool = False) -> Result:
 
     def grad_x(g: Array) -> Array:
         tie: Array = x == _with_axes(value, axis, keepdims)
-        count = tie.sum(axis=axis, keepdims=True, dtype=g.dtype)
-        gradient: Array = tie * (_with_axes(g, axis, keepdims) / count)
+        count = tie.sum(axis=axis, keepdims=True)
+        gradient: Array = tie * shared(_with_axes(g, axis, keepdims), count)
         return gradient
 
     return value, grad_x
@@ -291,6 +291,13 @@ def softmax(x: Array, /, *, axis: int = -1) -> Result:
     e = np.exp(x - np.max(x, axis=axis, keepdims=True))
     value = e / e.sum(axis=axis, keepdims=True)
     return value, lambda g: value * (g - (g * value).sum(axis=axis, keepdims=True))
+
+
+def shared(g: Array, count: Array | int) -> Array:
+    """`g / count`, in float32 at least: in float16 a count may be infinite."""
+    wide = np.promote_types(g.dtype, np.float32)
+    quotient: Array = (g.astype(wide) / np.asarray(count, wide)).astype(g.dtype)
+    return quotient
 
 
 def _with_axes(reduced: Array, axis: Axis, keepdims: bool) -> Array:

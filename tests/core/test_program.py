@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import pickle
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from support import assert_agree, begun, gradients, numbered, weights
 
-from portopt import trace
+from portopt import Rule, trace
 from portopt.program import OPS, SCALAR_OPS, Instruction, Program, ProgramError
 from portopt.rules import SGD, Adam, Momentum, RMSprop
 
@@ -257,6 +257,8 @@ def test_printed_programs(rule):
         ([("y", "pow", ("a", -0.5))], "a**-0.5"),
         ([("y", "pow", (-2, "a"))], "(-2)**a"),
         ([("x1", "less", "ab"), ("y", "add", ("x1", "a"))], "(a < b) + a"),
+        ([("x1", "less", "ab"), ("y", "less", ("x1", "b"))], "(a < b) < b"),
+        ([("x1", "less", "ab"), ("y", "less", ("a", "x1"))], "a < (a < b)"),
         ([("x1", "add", "ab"), ("y", "abs", ("x1",))], "abs(a + b)"),
     ],
 )
@@ -307,6 +309,25 @@ def test_what_is_printed_is_what_is_computed(rule):
         for name, array in expected.items():
             assert_agree(actual[name], array, "same", what=name)
         arrays, values = expected, values | numbers
+
+
+def test_long_expressions_are_printed_line_by_line():
+    @dataclass(frozen=True, kw_only=True)
+    class Long(Rule):
+        lr: float = 1.0
+
+        def update(self, xp, t, param, grad, slot):
+            for _ in range(1000):
+                grad = xp.sqrt(abs(grad)) - param
+            exp = param * grad  # a function's name
+            return xp.exp(exp), {}
+
+    program, values = trace(Long()), numbered(Long())
+    arrays = {"param": weights(23), "grad": next(gradients(23, 1))}
+    actual = read_and_run(str(program), values, 1, arrays)
+    expected = program.run(np, program.scalars(values, 1), arrays)
+    assert_agree(actual["param"], expected["param"], "same")
+    assert max(map(len, str(program).splitlines())) < 200
 
 
 @pytest.mark.parametrize("t", [1, 2.0, 5, 1000.0, 10**6])

@@ -241,6 +241,15 @@ def test_an_error_around_a_job(monkeypatch, error, before):
 
 
 @pytest.mark.usefixtures("small_spans", "team")
+def test_an_error_in_one_launch_waits_for_the_others(monkeypatch):
+    interrupted(monkeypatch, KeyboardInterrupt(), before=False)
+    params = [np.zeros(10_000), np.zeros(10_000, np.float32)]
+    with pytest.raises(KeyboardInterrupt):
+        Optimizer(SGD(lr=1.0), params).step([np.ones_like(param) for param in params])
+    assert all((param == -1).all() for param in params)
+
+
+@pytest.mark.usefixtures("small_spans", "team")
 @pytest.mark.parametrize("most", [0, 1, 2])
 @pytest.mark.parametrize("lacking", ["PyThread_allocate_lock", "PyThread_start_new_thread"])
 def test_no_more_threads_can_be_started(monkeypatch, most, lacking):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import doctest
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from bits import assert_bits, dtype_of
 from support import gradients, weights
 
-from portopt import Around, Optimizer
+from portopt import Around, Optimizer, Rule
 from portopt.rules import SGD, Adam, Lamb, Momentum, registry
 from portopt.sharding import NumPyBuffers, Sharded, collectives, memory, plan, simulate, update
 from portopt.sharding.plan import ALIGN
@@ -342,6 +343,98 @@ def test_bad_gradients_change_nothing(change, words):
 def test_bad_arguments(make, words):
     with pytest.raises((TypeError, ValueError), match=words):
         simulate(1, make)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda own, params: own.update(momentum_buffer=np.zeros(4)), r"shape \(16,\), has \(4,\)"),
+        (lambda own, params: own.update(momentum_buffer=np.zeros(32)[::2]), "must be contiguous"),
+        (lambda own, params: own.update(momentum_buffer=np.zeros(16, ">f8")), "dtype in"),
+        (lambda own, params: own["momentum_buffer"].setflags(write=False), "must be writable"),
+        (
+            lambda own, params: own.update(step=-1),
+            r"\['step'\] must be an int of at least 0",
+        ),
+        (lambda own, params: params[0].setflags(write=False), r"params\[0\] must be writable"),
+    ],
+    ids=["shape", "gaps", "order", "read-only slot", "step", "read-only parameter"],
+)
+def test_what_became_of_states_and_parameters_is_looked_at(change, words):
+    """By all workers: what one of them finds lets none of them change anything."""
+
+    def work(worker):
+        params = [np.zeros(32), np.zeros(3)]
+        sharded = Sharded(Momentum(lr=0.5), params, worker)
+        sharded.step([np.ones(32), np.ones(3)])
+        if worker.rank == 0:
+            change(sharded.state[0], params)
+        before = {name: own["step"] for name, own in sharded.state.items()}
+        try:
+            sharded.step([np.ones(32), np.ones(3)])
+        except (TypeError, ValueError, RuntimeError) as error:
+            return params, before == {n: own["step"] for n, own in sharded.state.items()}, error
+
+    for rank, (params, same, error) in enumerate(simulate(2, work)):
+        assert all((param == -0.5).all() for param in params) and same
+        if rank == 0:
+            with pytest.raises((TypeError, ValueError), match=words):
+                raise error
+        else:
+            assert "worker" in str(error)
+
+
+def test_scalars_that_cannot_be_formed_on_one_worker_change_nothing_on_any():
+    @dataclass(frozen=True, kw_only=True)
+    class Inverse(Rule):
+        lr: float = 1.0
+        b: float = 1.0
+
+        def update(self, xp, t, param, grad, slot):
+            return param - 1 / (self.b - 0.5) * grad, {}
+
+    def work(worker):
+        params = [np.zeros(64), np.zeros(64)]
+        groups = [{"params": {"a": params[0]}}, {"params": {"b": params[1]}, "b": 0.5}]
+        sharded = Sharded(Inverse(), groups, worker)
+        with pytest.raises((ArithmeticError, RuntimeError)) as caught:
+            sharded.step({"a": np.ones(64), "b": np.ones(64)})
+        assert not any(param.any() for param in params) and not sharded.state
+        return type(caught.value)
+
+    assert simulate(2, work) == [RuntimeError, ArithmeticError]
+
+
+def test_parameters_that_share_memory_are_refused():
+    memory = np.zeros(40)
+    with pytest.raises(ValueError, match=r"params\[0\] shares memory with params\[1\]"):
+        simulate(1, lambda worker: Sharded(SGD(), [memory[:32], memory[8:]], worker))
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("rule", "decays"), [(Lamb(lr=0.1), (0.1, 0.1)), (Adam(lr=0.1), (0.0, 0.1))], ids=repr
+)
+def test_norms_are_the_unsharded_ones_to_the_bit(rule, decays, dtype, seed):
+    """Of a rule that no kernel takes, and of two programs."""
+    rng, shapes = np.random.default_rng(seed), [(301, 300), (700,)]
+    grads = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+    def made():
+        params = [np.ones(shape, dtype) for shape in shapes]
+        pairs = zip(params, decays, strict=True)
+        return params, [
+            {"params": {place: param}, "weight_decay": decay}
+            for place, (param, decay) in enumerate(pairs)
+        ]
+
+    around = Around(clip_norm=0.1)
+    (expected, groups), (actual, own) = made(), made()
+    Optimizer(rule, groups, around=around).step(grads)
+    simulate(1, lambda worker: Sharded(rule, own, worker, around=around).step(grads))
+    for one, other in zip(actual, expected, strict=True):
+        assert_bits(one, other)
 
 
 def test_a_parameter_twice():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from support import assert_agree, gradients, weights
 
-from portopt import Rule, TraceError, trace
+from portopt import Optimizer, Rule, TraceError, trace
 from portopt.arrays import FUNCTIONS
 from portopt.program import OPS, ProgramError
 from portopt.rules import SGD, Adam, Momentum, RMSprop, Slots
@@ -60,12 +60,49 @@ def test_the_same_expression_is_computed_once():
     assert [line.op for line in program.scalar_part] == ["sub"]
 
 
+def test_zeros_of_two_signs_have_two_kernels():
+    def update(self, xp, t, param, grad, slot):
+        return xp.where(param < grad, -0.0 if self.negative else 0.0, param), {"b": grad}
+
+    for negative in (False, True):
+        param = np.zeros(3)
+        Optimizer(rule_of(update, negative=negative)(), [param]).step([np.ones(3)])
+        assert (np.signbit(param) == negative).all()
+
+
+@pytest.mark.parametrize(
+    ("new", "words"),
+    [
+        (lambda xp, p, g: (xp.sum(g), g), r"return param of its parameter's shape, returned \(\)"),
+        (lambda xp, p, g: (p, xp.sqrt(xp.sum(g)) * 2), r"return b of its parameter's shape"),
+        (lambda xp, p, g: (xp.minimum(p, 10**400), g), "uses in minimum an int beyond every float"),
+    ],
+)
+def test_what_libraries_would_not_agree_on_is_refused(new, words):
+    def update(self, xp, t, param, grad, slot):
+        param, b = new(xp, param, grad)
+        return param, {"b": b}
+
+    with pytest.raises(TraceError, match=words):
+        trace(rule_of(update)())
+
+
+def test_an_int_of_more_than_32_bits_is_a_float():
+    def update(self, xp, t, param, grad, slot):
+        return xp.minimum(param, 10**10) * 2, {"b": grad}
+
+    lines = trace(rule_of(update)()).array_part
+    assert [repr(line.args[1]) for line in lines[:2]] == ["10000000000.0", "2"]
+
+
 def test_numbers_that_differ_are_kept_apart():
     def update(self, xp, t, param, grad, slot):
         return param + grad * 1 + grad * 1.0 + grad * -0.0 + grad * 0.0, {"b": grad}
 
-    constants = [line.args[1] for line in trace(rule_of(update)()).array_part if line.op == "mul"]
-    assert [repr(number) for number in constants] == ["1", "1.0", "-0.0", "0.0"]
+    program = trace(rule_of(update)())
+    constants = [line.args[1] for line in program.array_part if line.op == "mul"]
+    assert [repr(number) for number in constants] == ["1", "1.0", "'s1'", "0.0"]
+    assert program.scalar_part == (("s1", "neg", (0.0,)),)  # -0.0 and 0.0 are equal
 
 
 def test_what_no_output_needs_is_left_out():
