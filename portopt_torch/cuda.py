@@ -140,7 +140,7 @@ class Step(Launch):
 
 
 class SquareSum(Launch):
-    """The sum of squares of gradients that are stored alike.
+    """The sums of squares of gradients that are stored alike, span by span.
 
     Args:
         dtype: The gradients' dtype.
@@ -157,10 +157,10 @@ class SquareSum(Launch):
         self.sums = torch.zeros(len(self._spans), dtype=torch.float64, device=device)
 
     def run(self) -> Tensor:
-        """The sum: a 0-d float64 tensor on the device."""
+        """The sum of each span: float64, on the device."""
         with torch.cuda.device_of(self.sums):
             triton.launch_square_sums(self.dtype, self._current()[:, 0], self._spans, self.sums)
-            return self.sums.sum()
+        return self.sums
 
 
 def _to(device: torch.device, array: np.ndarray[Any, Any]) -> Tensor:

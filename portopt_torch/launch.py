@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from portopt.arrays import SIZES
 from portopt.kernels import cpu
 from portopt.kernels.contents import Contents
-from portopt.kernels.layout import array
 from portopt.program import Program
 from portopt_torch import cuda, native
 from portopt_torch.layout import addresses, holdings, like
@@ -56,7 +56,6 @@ class Batch:
     ) -> None:
         self.program = program
         self.params = [member.param for member in members]
-        self.objects = array(self.params)
         self.states = [member.state for member in members]
         self.groups = np.array([member.group for member in members])
         present, self.by_group = np.unique(self.groups, return_inverse=True)
@@ -69,6 +68,7 @@ class Batch:
         self.storages = [x.untyped_storage() for x in chain(self.params, *slots)]
         stored = storage([self.params[0], like(self.params), *(column[0] for column in slots)])
         sizes = [param.numel() * (1 + param.is_complex()) for param in self.params]
+        self.grad_bytes = np.array(sizes, np.uint64) * SIZES[stored[1]]
         self.here = np.array([param.grad is not None for param in self.params])
         self._make_launches(stored, addresses(self.params, slots), sizes)
         self.holdings = holdings(
@@ -107,14 +107,19 @@ class Batch:
         """Where the gradients are; 0 for none."""
         return self.step.table[:, 1]
 
+    def grad_ends(self) -> Any:
+        """Where the gradients end; 0 for none."""
+        begins = self.places()
+        return np.where(begins != 0, begins + self.grad_bytes, 0)
+
     def _make_launches(self, stored: tuple[str, ...], table: Any, sizes: list[int]) -> None:
-        self.bumped = native.bump(self.objects, self.here)
+        self.bumped = native.bump(self.params, self.here)
         first = cpu.NOTHING if self.bumped is None else self.bumped[0]
         self.step = cpu.Step(self.program, stored, table, sizes, first)
         self.make_square_sum = partial(cpu.SquareSum, stored[1], table[:, 1], sizes)
 
     def sum_squares(self) -> Tensor:
-        """Sums of squares of all gradients, on the device if there is one."""
+        """The sums of squares of all gradients, span by span, where they are."""
         self.square_sum.table[:, 0] = self.places()
         return self._sum_squares()
 

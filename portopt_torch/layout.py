@@ -17,7 +17,7 @@ from torch import Tensor
 
 from portopt.kernels import pool
 from portopt.kernels.contents import Contents
-from portopt.kernels.layout import array
+from portopt.kernels.layout import ids
 from portopt_torch import native
 
 Table: TypeAlias = npt.NDArray[np.uint64]
@@ -146,13 +146,13 @@ class Looked(Holdings):
             "starts": np.append(np.stack([firsts, begins[firsts]], axis=1), n),
             "shapes": np.fromiter(chain.from_iterable(shapes), np.int64),
             "kinds": np.array(kinds, np.int64),
-            "kept": array(self._kept),
+            "kept": ids(self._kept),
             "table": self._table,
             "grads": np.zeros(n, np.uint64),
             "here": self._here,
-            "states": array(self._states),
-            "names": array(self._names),
-            "entries": array(self._entries),
+            "states": ids(self._states),
+            "names": ids(self._names),
+            "entries": ids(self._entries),
         }
         told = {name: each.ctypes.data for name, each in arrays.items()}
         told |= {"columns": columns, "last": columns * n - 1, "width": self._table.shape[1]}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from portopt.kernels import compiler, cpu, pool
-from portopt.kernels.layout import Objects
+from portopt.kernels.layout import ids
 from portopt.kernels.loops import fetch
 
 pool.join(ctypes.PyDLL(torch._C.__file__))
@@ -152,8 +152,8 @@ def _functions() -> dict[str, Any] | None:
 
 
 def bump(
-    tensors: Objects, which: npt.NDArray[np.bool_]
-) -> tuple[cpu.First, npt.NDArray[np.uint64]] | None:
+    tensors: Sequence[Tensor], which: npt.NDArray[np.bool_]
+) -> tuple[cpu.First, Sequence[Any]] | None:
     """What raises the version counters of tensors, as every write in place does.
 
     Args:
@@ -174,8 +174,9 @@ def bump(
     )
     text = pool.function("bump", {cpu.FIRST: "ptr %known"}, body)
     address = ctypes.cast(one, ctypes.c_void_p).value
-    known = np.array([address, len(tensors), tensors.ctypes.data, which.ctypes.data], np.uint64)
-    return cpu.First(*compiler.compiled(text, "bump"), known.ctypes.data), known
+    objects = ids(tensors)
+    known = np.array([address, len(tensors), objects.ctypes.data, which.ctypes.data], np.uint64)
+    return cpu.First(*compiler.compiled(text, "bump"), known.ctypes.data), (known, objects)
 
 
 _BUMP_ONE = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"

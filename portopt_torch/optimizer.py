@@ -42,7 +42,8 @@ def _quiet(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def quiet(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        needed = (
+        # A subclass's own `step` is wrapped by PyTorch: its hooks are run there.
+        needed = type(self).step is quiet and (
             torch.compiler.is_compiling()
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -147,7 +148,8 @@ class Optimizer(torch.optim.Optimizer):
         try:
             rule, _ = self._traced(group)
             for param in group["params"]:
-                shapes_of(rule, param)
+                if not torch.nn.parameter.is_lazy(param):
+                    shapes_of(rule, param)
         except ValueError:  # the rule takes no such parameter
             self.param_groups.pop()
             raise
@@ -211,14 +213,26 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer`` does; with zeros for slots turned on since the last step."""
-        for group in self.param_groups:
-            rule, program = self._traced(group)
-            for param in group["params"]:
-                if self.state.get(param):
-                    own = specialized(program, rule, self.around, param.shape)
-                    add_slots(self.state[param], rule, own.slots, param)
-        state: dict[str, Any] = super().state_dict()
+        # As a hook, before the user's own.
+        hook = self.register_state_dict_post_hook(lambda _, made: self._filled(made), prepend=True)
+        try:
+            state: dict[str, Any] = super().state_dict()
+        finally:
+            hook.remove()
         return state
+
+    def _filled(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The same with all slots; the optimizer itself gets none."""
+        state = dict(state_dict["state"])
+        for ours, packed in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            rule, program = self._traced(ours)
+            for key, param in zip(packed["params"], ours["params"], strict=True):
+                if state.get(key):
+                    own = specialized(program, rule, self.around, param.shape)
+                    if any(state[key].get(slot) is None for slot in own.slots):
+                        state[key] = dict(state[key])
+                        add_slots(state[key], rule, own.slots, param)
+        return {**state_dict, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of its native twin; tensors keep the dtype they have there.

@@ -23,7 +23,7 @@ from portopt.trace import specialized, trace
 from portopt_torch.launch import Batch, CudaBatch, gradient, storage
 from portopt_torch.layout import lie_alike, like
 from portopt_torch.plain import Member, host
-from portopt_torch.ways import Shape, has_address, overlapping, waits, way_of
+from portopt_torch.ways import Shape, extent, has_address, overlapping, waits, way_of
 
 if TYPE_CHECKING:
     from portopt_torch.optimizer import Optimizer
@@ -105,6 +105,7 @@ class Plan(NamedTuple):
         idle: Those of them that must have no gradient.
         batches: The launches.
         rest: Those that do not go through a kernel.
+        rest_at: Where those begin.
         made: Entries of states that this plan has made.
     """
 
@@ -114,6 +115,7 @@ class Plan(NamedTuple):
     idle: list[Tensor]
     batches: list[Batch]
     rest: list[Member]
+    rest_at: list[int]
     made: list[tuple[Tensor, str]]
 
     def renewed(self, optimizer: Optimizer, around: Around) -> Plan | None:
@@ -141,6 +143,7 @@ class Plan(NamedTuple):
             and (bool(self.batches) or self.contents.are())  # the first batch has looked at them
             and all(param.grad is None for param in self.idle)
             and all(self._still_rests(optimizer, member) for member in self.rest)
+            and self.rest_at == _begins(self.rest)  # who shares memory takes turns
         )
 
     def _still_rests(self, optimizer: Optimizer, member: Member) -> bool:
@@ -182,12 +185,17 @@ class Plan(NamedTuple):
         """Raise a RuntimeError if zeros for one gradient would also be another's, still unread."""
         if not self.asked.around.zero_grad:
             return
-        rest = filter(has_address, (gradient(member.param) for member in self.rest))
-        places = [batch.places() for batch in self.batches]
-        places.append(np.array([*map(Tensor.data_ptr, rest)], np.uint64))
-        found = np.sort(np.concatenate(places))
-        if ((found[1:] == found[:-1]) & (found[1:] != 0)).any():
-            raise RuntimeError("with zero_grad no gradient may be that of two parameters")
+        rest = [*filter(has_address, (gradient(member.param) for member in self.rest))]
+        own = np.array([(x.data_ptr(), x.data_ptr() + extent(x)) for x in rest], np.uint64)
+        begins = [*(batch.places() for batch in self.batches), own.reshape(-1, 2)[:, 0]]
+        ends = [*(batch.grad_ends() for batch in self.batches), own.reshape(-1, 2)[:, 1]]
+        found = np.stack([np.concatenate(begins), np.concatenate(ends)])
+        found = found[:, found[0] < found[1]]  # without what is empty, or not there
+        begins_in_order, ends_in_order = found[:, np.argsort(found[0])]
+        if (begins_in_order[1:] < np.maximum.accumulate(ends_in_order)[:-1]).any():
+            raise RuntimeError(
+                "with zero_grad no gradient may be that of two parameters, nor share their memory"
+            )
 
     @property
     def on_device(self) -> bool:
@@ -198,13 +206,14 @@ class Plan(NamedTuple):
     def grad_norm(self) -> Any:
         """The 2-norm of all gradients together: a number, or a tensor of one on the device."""
         sums = [batch.sum_squares() for batch in self.batches]
+        if self.on_device:
+            return torch.cat(sums).sum().sqrt()
+        found = [*chain.from_iterable(map(Tensor.tolist, sums))]
         for member in self.rest:
             grad = gradient(member.param)
             real = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
-            sums.append(torch.linalg.vector_norm(real, dtype=torch.float64).square())
-        if self.on_device:
-            return torch.stack(sums).sum().sqrt()
-        return cpu.norm(chain.from_iterable(one.reshape(-1).tolist() for one in sums))
+            found.append(host(torch.linalg.vector_norm(real, dtype=torch.float64).square()))
+        return cpu.norm(found)
 
 
 def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
@@ -283,8 +292,13 @@ def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
         idle=[param for place, (_, param) in enumerate(params) if place not in ways],
         batches=batches,
         rest=rest,
+        rest_at=_begins(rest),
         made=made,
     )
+
+
+def _begins(members: Sequence[Member]) -> list[int]:
+    return [*map(Tensor.data_ptr, filter(has_address, (member.param for member in members)))]
 
 
 def _contents(optimizer: Optimizer) -> tuple[list[list[Tensor]], Mapping[Tensor, Any]]:

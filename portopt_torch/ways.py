@@ -43,7 +43,7 @@ def way_of(
 
     Raises:
         RuntimeError: its gradient is sparse where that is not possible, a slot has another shape
-            than it should, or ``fused=True`` cannot be.
+            than it should, a number of steps is no tensor, or ``fused=True`` cannot be.
         TypeError: its dtype is none that can be updated.
     """
     grad, state = gradient(param), optimizer.state.get(param, {})
@@ -57,6 +57,11 @@ def way_of(
         if value.shape != shape:
             what = "the shape" if shape is not param.shape else "its parameter's shape"
             raise RuntimeError(f"{slot} must have {what} {tuple(shape)}, has {tuple(value.shape)}")
+    for name in ("step", *program.numbers):
+        if not isinstance(state.get(name), Tensor | None):
+            raise RuntimeError(
+                f"state[{name!r}] must be a tensor of one number, is {state[name]!r}"
+            )
     fused = group.get("fused")
     if grad.is_sparse:
         if fused:
@@ -87,7 +92,7 @@ def waits(optimizer: Optimizer, group: Mapping[str, Any], program: Program, para
     names = [*program.slots, *program.numbers, *(["step"] if optimizer.keeps_step else [])]
     own = optimizer.state.get(param, {})
     is_frozen = not (param.requires_grad or own)  # and may never have one
-    if is_frozen or any(own.get(name) is None for name in names):
+    if is_frozen or not all(torch.is_tensor(own.get(name)) for name in names):
         return False
     slots = [own[name] for name in program.slots]
     counts = [own[name] for name in names if name not in program.slots]
@@ -172,8 +177,8 @@ def overlapping(params: Iterable[Tensor]) -> set[int]:
         begin = param.data_ptr()
         if begin < end:
             found |= {holder, id(param)}
-        if begin + _extent(param) > end:
-            end, holder = begin + _extent(param), id(param)
+        if begin + extent(param) > end:
+            end, holder = begin + extent(param), id(param)
     return found
 
 
@@ -182,7 +187,7 @@ def has_address(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type in ("cpu", "cuda")
 
 
-def _extent(tensor: Tensor) -> int:
+def extent(tensor: Tensor) -> int:
     """How many bytes there are from the first element's begin to the last one's end."""
     if tensor.is_contiguous():
         return tensor.nbytes

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portopt.kernels import compiler
-from portopt.kernels.layout import array
+from portopt.kernels.layout import ids
 
 
 class Checks(NamedTuple):
@@ -51,7 +51,7 @@ class Contents:
 
     def __init__(self, lists: Sequence[list[Any]], values: Mapping[Any, Any]) -> None:
         self._lists, self._values = [*lists], values
-        self._had = [*map(array, lists), array([*values.values()])]
+        self._had = [*map(list, lists), [*values.values()]]
         self.checks = self._checks()
 
     def of(self, lists: Sequence[list[Any]], values: Mapping[Any, Any]) -> bool:
@@ -74,9 +74,10 @@ class Contents:
             return None
         functions = _functions()
         each = [*((functions.items, x) for x in self._lists), (functions.values, self._values)]
+        self._ids = [*map(ids, self._had)]
         rows = [
             (function, functions.known.ctypes.data, id(x), len(had), had.ctypes.data)
-            for (function, x), had in zip(each, self._had, strict=True)
+            for (function, x), had in zip(each, self._ids, strict=True)
         ]
         return Checks(functions.address, np.array(rows, np.uint64))
 

@@ -26,6 +26,15 @@ def array(objects: Sequence[Any]) -> Objects:
     return np.fromiter(objects, object, len(objects))
 
 
+def ids(objects: Sequence[Any]) -> npt.NDArray[np.uint64]:
+    """Where objects begin, which the caller keeps alive.
+
+    Of an `array` that is kept they would be a part for ever if they led to it: Python's search for
+    such cycles does not look into arrays.
+    """
+    return np.fromiter(map(id, objects), np.uint64, len(objects))
+
+
 class Layout:
     """How arrays lie in memory.
 

@@ -118,6 +118,11 @@ class Adafactor(Rule):
         def rms(x: Array) -> Array:
             return xp.sqrt(1 / max(1, math.prod(x.shape)) * xp.sum(x * x))
 
+        def at_least(least: float, x: Array) -> Array:
+            if self.eps_form == "floor":  # PyTorch's, to which NaN is not more
+                return xp.where(x > least, x, least)
+            return xp.maximum(x, least)
+
         w, square = t**self.beta2_decay, grad * grad
         if self.eps_form == "added":
             square = square + self.eps1
@@ -135,8 +140,8 @@ class Adafactor(Rule):
             v = xp.maximum(v, self.eps1 * self.eps1)
         u, largest = grad / xp.sqrt(v), t**-0.5
         largest = largest + (self.lr < largest) * (self.lr - largest)
-        alpha = largest * xp.maximum(rms(param), self.eps2)
-        moved = param - alpha / xp.maximum(1 / self.clip_threshold * rms(u), 1.0) * u
+        alpha = largest * at_least(self.eps2, rms(param))
+        moved = param - alpha / at_least(1.0, 1 / self.clip_threshold * rms(u)) * u
         if self.weight_decay and not self.decoupled:
             moved = moved - self.lr * self.weight_decay * param
         return moved, new

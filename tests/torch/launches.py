@@ -151,7 +151,7 @@ def run_steps(program, storage, tensors, grads, scalars, device="cpu"):
             step.set_on_device(slice(0, 1), first)
             many = {name: torch.full((len(sizes) - 1,), x).double() for name, x in others.items()}
             step.set_on_device(slice(1, None), {k: x.to(device) for k, x in many.items()})
-        squares.append(float(norm.run()))
+        squares.append(float(norm.run().sum()))
         step.run()
     memory = [{name: x.cpu() for name, x in operands.items()} for operands in memory]
     return memory, squares

@@ -362,13 +362,17 @@ def test_the_average_begins_at_the_first_step(name):
 
 
 @every_way
+@pytest.mark.parametrize("part", [False, True])
 @pytest.mark.parametrize("done", [0, 1])
-def test_a_gradient_of_two_parameters_is_not_zeroed_too_early(done, way):
+def test_a_gradient_of_two_parameters_is_not_zeroed_too_early(done, part, way):
     shapes = [(4,), (4,), (0,), (0,)]  # whose last two may well be at one place
     params = make_params(shapes)
     optimizer = ours("SGD")(params, around=Around(zero_grad=True), **way)
     train(optimizer, make_grads(shapes, done))
     params[0].grad = params[1].grad = torch.ones(4)
+    if part:
+        both = torch.ones(6)
+        params[0].grad, params[1].grad = both[:4], both[2:]
     before = [param.detach().clone() for param in params]
     with pytest.raises(RuntimeError, match=r"^with zero_grad no gradient may be that of two"):
         optimizer.step()

@@ -126,3 +126,15 @@ def test_counts_that_require_gradients(name, options):
         train(optimizer, GRADS[2:])
     mine, theirs = ([step.item() for step in steps(o)] for o in optimizers)
     assert mine == theirs == [6.0] * 4
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_a_count_that_is_no_tensor_is_an_error_that_changes_nothing(done):
+    (param,) = make_params([(3,)])
+    optimizer = ours("Adam")([param])
+    train(optimizer, make_grads([(3,)], steps=done))
+    optimizer.state[param]["step"] = 0
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match=r"state\['step'\] must be a tensor of one number, is 0"):
+        train(optimizer, make_grads([(3,)], steps=1))
+    assert torch.equal(param, before)

@@ -1,10 +1,12 @@
 """What is handed a torch.optim.Optimizer gets from ours what it gets from the native."""
 
 import copy
+import gc
 import inspect
 import itertools
 import pickle
 import threading
+import weakref
 from functools import partial
 
 import numpy as np
@@ -33,6 +35,8 @@ from twins import (
     train,
     trained,
 )
+
+from portopt import Around
 
 GRADS = make_grads(steps=6)
 every_class = pytest.mark.parametrize("name", NAMES)
@@ -176,6 +180,21 @@ def test_a_slot_switched_on_between_steps_starts_at_zero(name, after, slot):
     assert_twins_agree(*(train(optimizer, GRADS[3:]) for optimizer in optimizers))
 
 
+def test_to_save_changes_nothing():
+    """A momentum that was turned on is saved as zero, and yet begins with its gradient."""
+    around = Around(ema_decay=0.5)
+    optimizers = [
+        ours("SGD")(make_params(), lr=0.1, dampening=0.5, around=around) for _ in range(2)
+    ]
+    for optimizer in optimizers:
+        train(optimizer, GRADS[:2])
+        optimizer.param_groups[0]["momentum"] = 0.9
+    saved = optimizers[1].state_dict()["state"]
+    assert len(saved) == len(make_params())
+    assert not any(state["momentum_buffer"].any() for state in saved.values())
+    assert_twins_agree(*(train(optimizer, GRADS[2:]) for optimizer in optimizers))
+
+
 @every_class
 def test_hooks(name):
     logs = []
@@ -192,6 +211,35 @@ def test_hooks(name):
         optimizer.load_state_dict(optimizer.state_dict())
         logs.append(log)
     assert logs[0] == logs[1] and len(logs[0]) == 8
+
+
+def test_hooks_around_a_step_of_a_subclass_run_once():
+    class Own(ours("SGD")):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    (param,) = make_params([(3,)])
+    optimizer, calls = Own([param]), []
+    optimizer.register_step_pre_hook(lambda *args: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *args: calls.append("post"))
+    train(optimizer, make_grads([(3,)], steps=1))
+    assert calls == ["pre", "post"]
+
+
+@pytest.mark.parametrize("way", ["param", "state"])
+def test_an_optimizer_that_leads_to_itself_is_collected(way):
+    (param,) = make_params([(3,)])
+    optimizer = ours("Adam")([param])
+    train(optimizer, make_grads([(3,)], steps=2))
+    if way == "param":
+        param.optimizer = optimizer
+    else:
+        optimizer.state[param]["owner"] = optimizer
+        train(optimizer, make_grads([(3,)], steps=2))
+    gone = weakref.ref(param), weakref.ref(optimizer)
+    del param, optimizer
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
 
 
 @every_class
@@ -299,6 +347,18 @@ def test_parameters_that_share_memory_take_turns(foreach):
         train(optimizer, make_grads([part.shape for part in parts], steps=2))
         results.append(base)
     assert_params_agree(results[:1], results[1:], start=[torch.ones(100)])
+
+
+def test_parameters_that_come_to_share_memory_take_turns():
+    results = []
+    for cls, way in ((ours("SGD"), True), (native("SGD"), False)):
+        params = make_params([(3,), (3,)])
+        optimizer = cls(params, lr=0.5, foreach=way)
+        for grads in make_grads([(3,), (3,)], steps=3):
+            train(optimizer, [grads])
+            params[1].data = params[0].data
+        results.append(params)
+    assert_params_agree(*results, start=make_params([(3,), (3,)]))
 
 
 def test_fused_parameters_that_share_memory_are_refused():

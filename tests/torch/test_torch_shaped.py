@@ -257,3 +257,27 @@ def test_compiled_step(name):
             step()
         results.append(params)
     assert_params_agree(results[1], results[0], "float32", make_params(SHAPES[name][:2]))
+
+
+def test_what_is_not_a_number_stays_in_its_element():
+    """As natively, where Python compares the root mean square with 1."""
+    made = []
+    for cls in (ours("Adafactor"), native("Adafactor")):
+        (param,) = make_params([(4,)])
+        optimizer = cls([param], lr=0.01)
+        for value in (1.0, float("nan"), 1.0):
+            grad = torch.ones(4)
+            grad[1] = value
+            train(optimizer, [[grad]])
+        made.append(param.detach())
+    assert_agree(*made, "float32")
+    assert made[0].isnan().tolist() == [False, True, False, False]
+
+
+def test_parameters_whose_shape_is_not_known_yet():
+    module = torch.nn.LazyLinear(3)
+    optimizer = ours("Adafactor")(module.parameters(), lr=0.01)
+    module(torch.ones(2, 5)).sum().backward()
+    before = module.weight.detach().clone()
+    optimizer.step()
+    assert (module.weight != before).all()
