@@ -72,9 +72,10 @@ def update(
         dtypes = tuple(tf.as_dtype(arrays[name].dtype) for name in program.operands)
         kind = _Kind(program, dtypes, "CPU" in operands[0].device)
         shape = arrays["param"].shape
+        size = shape.num_elements()
         if inside_xla:
             kind.assign(operands, _step(kind)(vector, *kind.read(operands)))
-        elif shape.num_elements() > SMALL:
+        elif size is None or size > SMALL:  # or may be more
             large[kind] += operands
         else:
             small[kind][tuple(shape)].append(operands)

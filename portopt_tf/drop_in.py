@@ -98,6 +98,11 @@ class SGD(drop_in(rules.Momentum, rules.Momentum.natives[1])):
             return rules.SGD, {name: values[name] for name in ("decoupled", "weight_decay")}
         return rule, values
 
+    @property
+    def momentums(self) -> list[Any]:
+        """The momentum buffers."""
+        return self._slots.get("momentum_buffer", [])
+
     def _checked(self, learning_rate: Any) -> rules.Rule:
         if not isinstance(self.momentum, float) or not 0 <= self.momentum <= 1:
             raise ValueError(

@@ -63,7 +63,7 @@ def _dense(gradient: Any, variable: Any) -> Any:
     import tensorflow as tf
 
     if isinstance(gradient, tf.IndexedSlices):
-        places, rows = gradient.indices, variable.shape[0]
+        places, rows = tf.convert_to_tensor(gradient.indices), variable.shape[0]
         # TensorFlow leaves out what is before the first row, and refuses what is after the last.
         places = tf.where(places < 0, tf.cast(rows, places.dtype), places)
         gradient = tf.math.unsorted_segment_sum(gradient.values, places, rows)

@@ -124,6 +124,8 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def _build(self, variables: list[Any]) -> None:
         rule = self._first_rule()
+        for variable in variables:
+            self._slot_shapes(rule, variable)  # whether the rule takes it
         super().build(variables)
         self._slots: dict[str, list[Any]] = {}
         for names in self.slot_names:
@@ -158,9 +160,7 @@ class Optimizer(keras.optimizers.Optimizer):
         """Create slots: for each, one for every variable, and None for one that has it not."""
         made: dict[str, list[Any]] = {slot: [] for slot in names}
         for variable in variables:
-            shape = tuple(variable.shape)
-            is_overwritten = self._overwrite_variable_with_gradient(variable)
-            shapes = {} if is_overwritten else rule.slot_shapes(shape)
+            shape, shapes = tuple(variable.shape), self._slot_shapes(rule, variable)
             for slot, name in names.items():
                 begin, own = _initializer(rule.initial(slot), variable), None
                 if shapes.get(slot) == shape:
@@ -171,12 +171,23 @@ class Optimizer(keras.optimizers.Optimizer):
                 made[slot].append(own)
         return made
 
+    def _slot_shapes(self, rule: Rule, variable: Any) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of the slots that a variable is to have.
+
+        Raises:
+            ValueError: the rule updates none of its shape.
+        """
+        if self._overwrite_variable_with_gradient(variable):
+            return {}
+        return rule.slot_shapes(tuple(variable.shape))
+
     def eval(self) -> None:
         """Put the weights to evaluate the model with in the place of those to train.
 
         They are others for the rules that average them (`Rule.has_modes`: the schedule-free ones).
         ``fit`` does not call this: call it afterwards, and `train` before you go on. An eager step
-        is refused in between; a compiled one cannot be, and goes on from the weights to train.
+        is refused in between; a compiled one cannot be, and goes on from the weights to train, but
+        a variable that has no gradient then stays as it is.
         """
         self._switch(training=False)
 
@@ -270,7 +281,8 @@ class Optimizer(keras.optimizers.Optimizer):
         group = self._groups.get(key)
         if group is None:
             for variable in variables:
-                check_dtype(variable)
+                if not self._overwrite_variable_with_gradient(variable):
+                    check_dtype(variable)
             shapes = [shape_of(variable) for variable in variables]
             group = _Group([*variables], shapes, _can_be_compiled(variables), {})
             for place, variable in enumerate(variables):
@@ -289,7 +301,8 @@ class Optimizer(keras.optimizers.Optimizer):
         if not launch.can_step():
             return False
         programs = [work.program for work in works]
-        if group.plan is None or not group.plan.fits(programs, grads):
+        plan = group.plan  # another thread may put its own there
+        if plan is None or not plan.fits(programs, grads):
             members = [
                 launch.Member(
                     place,
@@ -300,8 +313,8 @@ class Optimizer(keras.optimizers.Optimizer):
                 for number, (program, _, places) in enumerate(works)
                 for place in places
             ]
-            group.plan = launch.Plan(programs, grads, members)
-        return group.plan.run([work.scalars for work in works], grads)
+            plan = group.plan = launch.Plan(programs, grads, members)
+        return bool(plan.run([work.scalars for work in works], grads))
 
     def _keep(self, program: Program, scalars: Mapping[str, Any]) -> None:
         """Take over the rule's new numbers."""

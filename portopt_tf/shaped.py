@@ -36,13 +36,22 @@ class Adafactor(Optimizer):
         slots: dict[str, list[Any]] = {"row_var": [], "col_var": [], "variance": []}
         for variable in variables:
             *others, rows, columns = (None, None, *variable.shape)
+            is_overwritten = self._overwrite_variable_with_gradient(variable)
             for slot, size in (("row_var", rows), ("col_var", columns)):
                 shape, dtype = (*others[2:], size), variable.dtype
                 if rows is None:
                     shape, dtype = (), "int32"
-                slots[slot].append(self.add_variable(shape, dtype=dtype, name=variable.name))
-            slots["variance"].append(self.add_variable_from_reference(variable, name="velocity"))
+                lacks = is_overwritten and rows is not None
+                own = None if lacks else self.add_variable(shape, dtype=dtype, name=variable.name)
+                slots[slot].append(own)
+            own = None
+            if not is_overwritten:
+                own = self.add_variable_from_reference(variable, name="velocity")
+            slots["variance"].append(own)
         return slots
+
+    def _slot_shapes(self, rule: rules.Rule, variable: Any) -> Mapping[str, tuple[int, ...]]:
+        return {}  # which are Keras's own
 
 
 class Muon(Optimizer):
@@ -58,6 +67,9 @@ class Muon(Optimizer):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "exclude_layers": self.exclude_layers or []}
+
+    def _slot_shapes(self, rule: rules.Rule, variable: Any) -> Mapping[str, tuple[int, ...]]:
+        return {}  # others go to Adam
 
     def variant(self, variable: Any) -> Hashable:
         velocity = self._slots["exp_avg_sq"][self._get_variable_index(variable)]
@@ -92,9 +104,11 @@ class Muon(Optimizer):
     ) -> dict[str, list[Any]]:
         momenta, velocities = [], []
         for variable in variables:
-            momenta.append(self.add_variable_from_reference(variable, name="momentum"))
-            own = None
-            if self._is_for_adam(variable):
-                own = self.add_variable_from_reference(variable, name="velocity")
-            velocities.append(own)
+            momentum = velocity = None
+            if not self._overwrite_variable_with_gradient(variable):
+                momentum = self.add_variable_from_reference(variable, name="momentum")
+                if self._is_for_adam(variable):
+                    velocity = self.add_variable_from_reference(variable, name="velocity")
+            momenta.append(momentum)
+            velocities.append(velocity)
         return {"momentum_buffer": momenta, "exp_avg": momenta, "exp_avg_sq": velocities}

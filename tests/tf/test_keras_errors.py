@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_runs import EACH, NAMES, arrays, case, raw_variables
 
 import portopt_tf
+from portopt import rules
 from portopt_tf.drop_in import CLASSES
 
 nan, inf = float("nan"), float("inf")
@@ -198,3 +199,15 @@ def test_state_of_another_shape_is_refused_as_natively():
         weights[2] = weights[2][:1]
         with pytest.raises(ValueError, match=r"Optimizer variable .* not compatible"):
             optimizer.set_weights(weights)
+
+
+def test_a_shape_that_the_rule_refuses_leaves_nothing_behind():
+    ours = portopt_tf.from_rule(rules.Muon)(0.5)
+    vector, matrix = keras.Variable([1.0, 2.0]), keras.Variable([[1.0, 2.0]])
+    before = len(ours.variables)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"2D parameters, got one of shape \(2,\)"):
+            ours.build([vector])
+        assert not ours.built and len(ours.variables) == before
+    ours.apply([tf.ones((1, 2))], [matrix])
+    assert (matrix.numpy() != [[1.0, 2.0]]).all()

@@ -4,7 +4,9 @@ import inspect
 import re
 
 import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 from keras_runs import (
     CASES,
     EACH,
@@ -73,6 +75,49 @@ def test_every_shared_keyword_is_kept(name, key):
     if key != "name":
         ours.name = native.name
     assert ours.get_config() == native.get_config()
+
+
+@pytest.mark.parametrize("name", ["Adam", "Adafactor", "Muon"])
+def test_variables_that_gradients_overwrite(name):
+    """As the scales of a layer in float8; they may be integers."""
+    layouts = []
+    for optimizer in pair(name, learning_rate=0.5):
+        scales = [keras.Variable(value, dtype=dtype) for value, dtype in SCALES]
+        for scale in scales:
+            scale.overwrite_with_gradient = True
+        variables = [keras.Variable(np.ones((2, 3), "float32")), *scales]
+        for step in (1, 2):
+            grads = [tf.ones((2, 3)), *(tf.cast(tf.fill(s.shape, step), s.dtype) for s in scales)]
+            optimizer.apply(grads, variables)
+            assert all((scale.numpy() == step).all() for scale in scales)
+        assert (variables[0].numpy() < 1).all()
+        layouts.append([(v.shape, v.dtype) for v in optimizer.variables])
+    assert layouts[0] == layouts[1]
+
+
+SCALES = ((0.0, "float32"), ([0, 0], "int32"), (np.zeros((4, 5)), "float32"))
+
+
+def test_momenta_of_sgd():
+    for optimizer in pair("SGD", momentum=0.9):
+        optimizer.build(raw_variables("float32"))
+        assert [v.shape for v in optimizer.momentums] == [v.shape for v in raw_variables()]
+    for optimizer in pair("SGD"):
+        optimizer.build(raw_variables("float32"))
+        assert optimizer.momentums == []
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_a_shape_that_is_not_known(mode):
+    optimizer = portopt_tf.SGD(0.5)
+    variable = tf.Variable(tf.ones((2, 3)), shape=[None, 3])
+    optimizer.build([variable])
+
+    def step():
+        optimizer.apply([tf.ones((2, 3))])
+
+    {"eager": step, "graph": tf.function(step), "xla": tf.function(step, jit_compile=True)}[mode]()
+    assert (variable.numpy() == 0.5).all()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,6 @@
 """Eager steps on CPUs run as kernels in place; what was read before keeps its elements."""
 
+import ctypes
 import threading
 import time
 import warnings
@@ -321,6 +322,31 @@ def test_a_variable_given_twice_is_updated_twice(launches):
         results.append(variable.numpy())
     assert_agree(results[1], results[0], "float32")
     assert launches == []
+
+
+def test_a_plan_of_another_thread_is_not_run(monkeypatch):
+    ours, variable, fits = portopt_tf.SGD(0.5), tf.Variable([1.0]), launch.Plan.fits
+    ours.apply([tf.ones([1])], [variable])
+    (group,) = ours._groups.values()
+
+    def meanwhile(self, *args):
+        group.plan = None  # as if another were about to put its own there
+        return fits(self, *args)
+
+    monkeypatch.setattr(launch.Plan, "fits", meanwhile)
+    ours.apply([tf.ones([1])], [variable])
+    assert variable.numpy() == [0.0]
+
+
+def test_what_is_held_outlives_its_tensor():
+    """As the copy does that TensorFlow makes of a tensor in another process."""
+    expected = np.arange(100_000, dtype="float32")
+    held = memory.hold([[tf.constant(expected)]], 1)
+    others = [tf.zeros(100_000) for _ in range(10)]
+    address = int(held.rows[0, memory.DATA])
+    kept = np.ctypeslib.as_array((ctypes.c_float * 100_000).from_address(address))
+    assert_agree(kept, expected, "same")
+    assert len(others) == 10
 
 
 def test_gradients_of_another_dtype(launches):

@@ -216,7 +216,7 @@ def test_repeated_rows_are_summed_as_in_a_dense_gradient(label, mode, option):
 
 def test_keras_itself_sums_the_squares_of_repeated_rows():
     """So there is no native to agree with, but the native's dense gradient."""
-    rows = tf.IndexedSlices(tf.constant([[1.0], [2.0]]), tf.constant([0, 0]), tf.constant([1, 1]))
+    rows = tf.IndexedSlices(tf.constant([[1.0], [2.0]]), [0, 0], tf.constant([1, 1]))
     sums = []
     for optimizer in pair("Adagrad", initial_accumulator_value=0.0):
         variable = tf.Variable([[1.0]])
