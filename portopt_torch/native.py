@@ -275,20 +275,16 @@ br i1 %plain, label %ask, label %no
 ask:
 {ask_dtype}
 %n.kind = select i1 %stays, i64 1, i64 {n_kind}
-br i1 %stays, label %ask.shape, label %ask.kind
+br i1 %stays, label %kinds.begin, label %ask.kind
 ask.kind:
 {ask_kind}
-br label %ask.shape
-ask.shape:
-{ask_shape}
-%error.0 = or i32 %sizes.error, %strides.error
-%error = or i32 %error.0, %data_ptr.error
-%answered = icmp eq i32 %error, 0
-br i1 %answered, label %kinds, label %no
+br label %kinds.begin
+kinds.begin:
+br label %kinds
 kinds:
-%k = phi i64 [0, %ask.shape], [%k.next, %kind.is]
+%k = phi i64 [0, %kinds.begin], [%k.next, %kind.is]
 %k.more = icmp ult i64 %k, %n.kind
-br i1 %k.more, label %look.kind, label %measure
+br i1 %k.more, label %look.kind, label %ask.shape
 look.kind:
 %k.next = add i64 %k, 1
 %kind.at = getelementptr i64, ptr %kind, i64 %k
@@ -299,6 +295,12 @@ look.kind:
 br i1 %alike, label %kind.is, label %no
 kind.is:
 br label %kinds
+ask.shape: ; not of another layout: PyTorch before 2.13 tells stderr of what it cannot answer
+{ask_shape}
+%error.0 = or i32 %sizes.error, %strides.error
+%error = or i32 %error.0, %data_ptr.error
+%answered = icmp eq i32 %error, 0
+br i1 %answered, label %measure, label %no
 measure:
 %dim = load i64, ptr %dim.to
 %dim.known = load i64, ptr %shape

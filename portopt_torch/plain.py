@@ -123,9 +123,18 @@ def _update(program: Program, scalars: Mapping[str, Any], members: Sequence[Memb
             tensor.copy_(torch.view_as_complex(value) if tensor.is_complex() else value)
 
 
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# PyTorch's compiler before 2.12 cannot look into it. So does torch.compiler.assume_constant_result,
+# which takes a second to import.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _in_full_precision(device_type: str) -> Any:
     """Keep ``torch.autocast`` from multiplying matrices in a half type."""
-    if not torch.amp.is_autocast_available(device_type):
+    if not _has_autocast(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
