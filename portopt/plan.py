@@ -137,7 +137,7 @@ class Plan:
         state.update(self._states)
         for batch in self._batches:
             batch.count()
-        pool.finish(batch.run for batch in self._batches)
+        pool.finish([batch.run for batch in self._batches])
 
 
 class _Batch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -339,10 +338,12 @@ class Optimizer(torch.optim.Optimizer):
         except Exception:
             plan.undo(self)
             raise
-        pool.finish(partial(batch.run, skip) for batch in plan.batches)
+        pool.finish([batch.run for batch in plan.batches], skip)
         if skip is not None:
             plan.zero_grads()
         self._plan = None if compiling else plan.done()
+        if not plan.rest:
+            return []
         work = []
         for (g, program), members in plan.rest_alike():
             on_device = compiling or self.param_groups[g].get("capturable")

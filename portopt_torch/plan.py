@@ -138,9 +138,13 @@ class Plan(NamedTuple):
         Raises:
             RuntimeError, TypeError: as `make_plan` does.
         """
+        for batch in self.batches:  # before anyone else looks at memory
+            if not batch.fits():
+                return False
+        if self.batches and not (self.idle or self.rest):  # as is usual
+            return True
         return (
-            all(batch.fits() for batch in self.batches)  # before anyone else looks at memory
-            and (bool(self.batches) or self.contents.are())  # the first batch has looked at them
+            (bool(self.batches) or self.contents.are())  # the first batch has looked at them
             and all(param.grad is None for param in self.idle)
             and all(self._still_rests(optimizer, member) for member in self.rest)
             and self.rest_at == _begins(self.rest)  # who shares memory takes turns

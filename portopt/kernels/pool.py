@@ -112,12 +112,12 @@ class Job:
         return said
 
 
-def finish(actions: Iterable[Callable[[], object]]) -> None:
-    """Do all; an interrupt meanwhile is raised at the end."""
+def finish(actions: Iterable[Callable[..., object]], *args: object) -> None:
+    """Call all; an interrupt meanwhile is raised at the end."""
     interrupt = None
     for action in actions:
         try:
-            action()
+            action(*args)
         except BaseException as error:
             interrupt = error
     if interrupt is not None:
