@@ -131,13 +131,17 @@ def join(library: ctypes.CDLL) -> None:
     would have to share the processors with them.
 
     Args:
-        library: The library that has them work.
+        library: The library that has them work. What the whole process has, as Intel's OpenMP
+            where that is preloaded, comes before its own, as for the library itself.
     """
     global _openmp
     names = "GOMP_parallel", "omp_get_thread_num"
-    if all(hasattr(library, name) for name in names):
-        found = [ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in names]
-        _openmp = (ctypes.c_void_p * 2)(*found)
+    whole = [ctypes.PyDLL(None)] if os.name == "posix" else []
+    for one in (*whole, library):
+        if all(hasattr(one, name) for name in names):
+            found = [ctypes.cast(getattr(one, name), ctypes.c_void_p) for name in names]
+            _openmp = (ctypes.c_void_p * 2)(*found)
+            return
 
 
 _openmp: ctypes.Array[ctypes.c_void_p] | None = None

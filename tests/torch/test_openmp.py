@@ -1,6 +1,5 @@
 """Jobs done by OpenMP's threads, which are PyTorch's: as by the pool's own."""
 
-import _ctypes
 import ctypes
 import os
 import subprocess
@@ -38,14 +37,35 @@ def openmp(monkeypatch):
     """Six threads of OpenMP's, more than there may be processors; none of ours."""
     monkeypatch.setattr(pool, "_team", None)
     monkeypatch.setattr(pool, "_openmp", None)
-    pool.join(ctypes.PyDLL(_ctypes.__file__))  # which knows nothing of it
-    assert pool._openmp is None
     pool.join(LIBRARY)
     before = torch.get_num_threads()
     torch.set_num_threads(6)
     yield
     torch.set_num_threads(before)
     assert pool._team is None
+
+
+def test_the_functions_are_those_that_the_library_itself_calls(monkeypatch):
+    """Of a library that is preloaded, as Intel's often is, before its own."""
+    names = "GOMP_parallel", "omp_get_thread_num"
+
+    class Preloaded:
+        GOMP_parallel, omp_get_thread_num = LIBRARY.omp_get_max_threads, LIBRARY.omp_in_parallel
+
+    def joined(whole):
+        monkeypatch.setattr(pool, "_openmp", None)
+        monkeypatch.setattr(pool.ctypes, "PyDLL", lambda name: whole)
+        pool.join(library)
+        return pool._openmp and [*pool._openmp]
+
+    def addresses(library):
+        return [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
+
+    library, nothing = LIBRARY, object()
+    assert joined(Preloaded) == addresses(Preloaded) != addresses(LIBRARY)
+    assert joined(nothing) == addresses(LIBRARY)
+    library = nothing
+    assert joined(nothing) is None
 
 
 def job(shares, **more):
