@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -35,8 +34,8 @@ class Optimizer:
         around: What stands around it, free to change between steps.
         param_groups: For each group its hyperparameters, free to change between steps, and under
             "params" its arrays by name.
-        state: For each parameter that has had a gradient, by name, its "step" (an int) and the
-            slots that its rule has: one that a hyperparameter turns off is dropped.
+        state: For each parameter that has had a gradient, by name, its "step" (an int), and
+            the numbers and slots that its rule has: one that a hyperparameter turns off is dropped.
         training: Whether the parameters are those to train, and not those of `eval`.
 
     Raises:
@@ -81,9 +80,7 @@ class Optimizer:
 
     @around.setter
     def around(self, around: Around | None) -> None:
-        if not isinstance(around, Around | None):
-            raise TypeError(f"around must be a portopt.Around or None, got {around!r}")
-        self._around = around or Around()
+        self._around = Around.of(around)
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """Add parameters with hyperparameters of their own.
@@ -115,7 +112,7 @@ class Optimizer:
                 raise ValueError(f"params[{name!r}] is there already, as params[{other!r}]")
             seen[id(array)] = name
         hyper = {key: value for key, value in group.items() if key != "params"}
-        rule = self._rule(hyper)
+        rule = self.rule.changed(hyper)
         for array in named.values():
             rule.slot_shapes(array.shape)  # whether it takes such a parameter
         self.param_groups.append({"params": named, **rule.values()})
@@ -136,12 +133,13 @@ class Optimizer:
                 a parameter or slot has become read-only, or its state does not fit it, or a group's
                 hyperparameter is not allowed, or the rule cannot be traced; nothing is changed
                 then.
+            ArithmeticError: a scalar is no real number; nothing is changed then.
             RuntimeError: after `eval`, for a rule that has other weights then.
         """
         self._check_training()
         each = self._in_order(grads)
         groups = self.param_groups
-        rules = [self._rule(_hyper(group)) for group in groups]
+        rules = [self.rule.changed(_hyper(group)) for group in groups]
         programs = [trace(rule, self.around) for rule in rules]
         plan = self._plan
         if plan is None or not plan.fits(groups, programs, self.state, each):
@@ -221,7 +219,7 @@ class Optimizer:
             return
         new: list[tuple[NDArray, Any]] = []
         for group in self.param_groups:
-            rule = self._rule(_hyper(group))
+            rule = self.rule.changed(_hyper(group))
             for name, param in group["params"].items():
                 if rule.has_modes and name in self.state:
                     _check_param(name, param)
@@ -243,8 +241,8 @@ class Optimizer:
         """A copy of all that `load_state_dict` needs to go on from here.
 
         Returns:
-            "state": for each parameter by name, its "step" and slots; "param_groups": for each
-            group, its hyperparameters and under "params" the names of its parameters.
+            "state": for each parameter by name, its "step", numbers and slots; "param_groups": for
+            each group, its hyperparameters and under "params" the names of its parameters.
 
         Raises:
             RuntimeError: after `eval`, for a rule that has other weights then.
@@ -252,7 +250,7 @@ class Optimizer:
         self._check_training()
         state: dict[Name, dict[str, Any]] = {}
         for group in self.param_groups:
-            rule = self._rule(_hyper(group))
+            rule = self.rule.changed(_hyper(group))
             for name, param in group["params"].items():
                 if name in self.state:
                     program = trace(rule, self.around, param.shape)
@@ -277,7 +275,7 @@ class Optimizer:
         saved = [list(group["params"]) for group in state_dict["param_groups"]]
         if names != saved:
             raise ValueError(f"state_dict must be for the parameters {names}, is for {saved}")
-        rules = [self._rule(_hyper(group)) for group in state_dict["param_groups"]]
+        rules = [self.rule.changed(_hyper(group)) for group in state_dict["param_groups"]]
         arrays = self._arrays()
         rule_of = {name: rule for rule, group in zip(rules, names, strict=True) for name in group}
         for name, entries in state_dict["state"].items():
@@ -308,16 +306,6 @@ class Optimizer:
 
     def _arrays(self) -> dict[Name, NDArray]:
         return {k: array for group in self.param_groups for k, array in group["params"].items()}
-
-    def _rule(self, hyper: Mapping[str, Any]) -> Rule:
-        known = self.rule.values()
-        unknown = [key for key in hyper if key not in known]
-        if unknown:
-            raise TypeError(
-                f"unknown hyperparameter {unknown[0]!r}: {type(self.rule).__name__} has "
-                f"{', '.join(known)}"
-            )
-        return replace(self.rule, **hyper)
 
     def _in_order(self, grads: Any) -> list[Any]:
         """The gradients in the order of their parameters."""

@@ -178,7 +178,7 @@ class _Batch:
             named = dict(zip(self.program.numbers, map(float, numbers), strict=True))
             scalars = self.program.scalars({**values[group], **named}, step + 1)
             self.scalars.append(scalars)
-            kept = _rounded(self.program.kept(scalars), self.storage[0])
+            kept = rounded(self.program.kept(scalars), self.storage[0])
             self.new.append({"step": step + 1, **kept})
 
     def count(self) -> None:
@@ -322,7 +322,7 @@ def state_of(entries: Mapping[str, Any], rule: Rule, program: Program, param: ND
     return {
         "step": entries.get("step", 0),
         **kept,
-        **_rounded(first, dtype_name(param.dtype)),
+        **rounded(first, dtype_name(param.dtype)),
         **slots,
     }
 
@@ -334,7 +334,7 @@ def checked_step(what: str, step: Any) -> int:
     return int(step)
 
 
-def _rounded(numbers: Mapping[str, float], dtype: str) -> dict[str, float]:
+def rounded(numbers: Mapping[str, float], dtype: str) -> dict[str, float]:
     """A rule's numbers as frameworks keep them: in float32, if the parameter is no float64."""
     kind = np.float64 if dtype == "float64" else np.float32
     return {name: float(kind(value)) for name, value in numbers.items()}

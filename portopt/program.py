@@ -1,8 +1,8 @@
 """Programs: a rule as straight-line code, with its meaning and its printed form.
 
-A program has two parts. The *scalar part* depends on hyperparameters and the step count alone; it
-is evaluated once a step, on the host in float64. The *array part* is what every element goes
-through. Both are lists of instructions over one table of operations, `OPS`.
+A program has two parts. The *scalar part* depends on hyperparameters, the step count and the rule's
+numbers alone; it is evaluated once a step, on the host in float64. The *array part* is what every
+element goes through. Both are lists of instructions over one table of operations, `OPS`.
 """
 
 from __future__ import annotations
@@ -238,7 +238,8 @@ class Program:
         Args:
             xp: The arrays' namespace.
             scalars: What `scalars` returned: floats, or 0-d arrays of the arrays' dtype.
-            arrays: ``param``, ``grad`` and each slot by name, of one shape and dtype.
+            arrays: ``param``, ``grad`` and each slot by name, of one dtype, and of one shape if
+                `like_param`.
 
         Returns:
             The new arrays, none of them one of ``arrays``, by the names in `outputs`.

@@ -22,3 +22,7 @@ def __getattr__(name: str) -> Any:
     if name in _CLASSES or name in _registry.own():
         return get(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_registry.own(), "Sharded"})

@@ -59,7 +59,6 @@ def float64() -> Any:
     """Lets JAX compute in float64, whatever its configuration."""
     if keras.backend.backend() != "jax":
         return contextlib.nullcontext()
-    import jax
+    from portopt.jax import double_precision
 
-    # It was jax.experimental.enable_x64() before jax.enable_x64(True).
-    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+    return double_precision()

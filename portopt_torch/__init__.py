@@ -23,4 +23,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *names()})
+    from portopt.rules import registry
+
+    return sorted({*__all__, *names(), *registry.own(), "Sharded", "WorkerError"})

@@ -314,9 +314,8 @@ def drop_in(rule: type[rules.Rule], native: rules.Native) -> type[Optimizer]:
         def rule_of(cls, group: Mapping[str, Any]) -> Fields:
             given = native.fields({name: group[name] for name in own})
             for name in resolutions:
-                if (
-                    given[name] is None
-                ):  # the resolution of the first parameter decides, as natively
+                # That of the first parameter decides, as natively.
+                if given[name] is None:
                     given[name] = torch.finfo(_dtype(group)).eps
             flags = {name: _flag(value) for name, value in given.items() if is_bool[name]}
             return rule, {**native.values, **given, **flags}

@@ -275,14 +275,12 @@ br i1 %plain, label %ask, label %no
 ask:
 {ask_dtype}
 %n.kind = select i1 %stays, i64 1, i64 {n_kind}
-br i1 %stays, label %kinds.begin, label %ask.kind
+br i1 %stays, label %kinds, label %ask.kind
 ask.kind:
 {ask_kind}
-br label %kinds.begin
-kinds.begin:
 br label %kinds
 kinds:
-%k = phi i64 [0, %kinds.begin], [%k.next, %kind.is]
+%k = phi i64 [0, %ask], [0, %ask.kind], [%k.next, %kind.is]
 %k.more = icmp ult i64 %k, %n.kind
 br i1 %k.more, label %look.kind, label %ask.shape
 look.kind:

@@ -119,9 +119,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @around.setter
     def around(self, around: Around | None) -> None:
-        if not isinstance(around, Around | None):
-            raise TypeError(f"around must be a portopt.Around or None, got {around!r}")
-        self._around = around or Around()
+        self._around = Around.of(around)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -167,6 +165,7 @@ class Optimizer(torch.optim.Optimizer):
                 parameter's shape, two parameters have one gradient, which ``zero_grad`` is to zero,
                 or ``fused=True`` with what no kernel takes; nothing is changed then. After `eval`,
                 for a rule that has other weights then.
+            ArithmeticError: a scalar of the rule is no real number; nothing is changed then.
             TypeError: a hyperparameter is no number, or a parameter with a gradient has a dtype
                 other than float16, bfloat16, float32, float64 and their complex kin; nothing is
                 changed then.
@@ -238,7 +237,8 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: it does not fit: other groups, a slot missing, a shape that is not the
-                parameter's, a hyperparameter that is not allowed; nothing is changed then.
+                parameter's, a hyperparameter that is not allowed (a TypeError if it is of a wrong
+                type); nothing is changed then.
         """
         if self._loading:  # one of the user's hooks loads again: ours are there already
             return super().load_state_dict(state_dict)

@@ -127,8 +127,8 @@ def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
-# PyTorch's compiler before 2.12 cannot look into it. So does torch.compiler.assume_constant_result,
-# which takes a second to import.
+# PyTorch's compiler before 2.12 cannot look into it. This is what
+# torch.compiler.assume_constant_result sets, whose import takes a second.
 _has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -220,9 +220,9 @@ def plan(framework: str, rules: Sequence[str], mixes: Sequence[str], quick: bool
 
     Args:
         framework: One of `FRAMEWORKS`.
-        rules: Those to run; none for the default.
+        rules: Those to run; if there are none, all on the mixes that are given, else the default.
         mixes: The same.
-        quick: Only AdamW on one tensor, unless something else is asked for.
+        quick: Only AdamW on one tensor, with its tail, unless something else is asked for.
     """
     if rules or mixes or quick:
         some = (*rules,) or (("adamw", "tail") if quick else tuple(RULES))

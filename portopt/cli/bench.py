@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
         metavar="MIX",
         help=_list(bench.MIXES),
     )
-    command.add_argument("--quick", action="store_true", help="one case each, in a minute")
+    command.add_argument("--quick", action="store_true", help="AdamW on one tensor, in a minute")
     command.add_argument("--json", type=output, metavar="FILE", help="write everything as JSON")
     command.add_argument(
         "--plot", type=picture, metavar="FILE", help="draw bars (.png, .svg or .pdf)"
@@ -107,7 +107,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list(names: Iterable[str]) -> str:
-    return f"some of {', '.join(names)}; by default those that are worth their time"
+    return (
+        f"some of {', '.join(names)}; by default those that are worth their time, or all if the "
+        "other is given"
+    )
 
 
 def _progress(framework: str, cases: list[bench.Case]) -> Callable[[bench.Case], None]:

@@ -126,7 +126,8 @@ def _ways(rules: list[str], arguments: argparse.Namespace) -> Iterator[tuple[str
     if backend != "numpy":
         absent = worker.missing(backend)
         if absent is not None:
-            raise extras.missing(absent, EXTRAS[backend])
+            extra = absent if absent in ("torch", "jax") else EXTRAS[backend]  # what Keras runs on
+            raise extras.missing(absent, extra)
     status(f"{backend} starts ...")
     if backend in worker.FRAMEWORKS:
         yield from race.ask(backend, rules, function, steps)

@@ -104,6 +104,13 @@ class Around(Hyperparameters):
         """Names of the arrays kept beside the rule's own slots."""
         return (AVERAGE,) if self.ema_decay else ()
 
+    @classmethod
+    def of(cls, around: Around | None) -> Around:
+        """What was given, or nothing; a TypeError if it is something else."""
+        if not isinstance(around, Around | None):
+            raise TypeError(f"around must be a portopt.Around or None, got {around!r}")
+        return around or cls()
+
     @property
     def scalars(self) -> tuple[str, ...]:
         """Names of what `step` uses of its own fields, and ``grad_norm`` if it needs that."""

@@ -6,7 +6,7 @@ import abc
 import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from typing import (
     TYPE_CHECKING,
@@ -167,6 +167,20 @@ class Hyperparameters(abc.ABC):  # noqa: B024 (what derives from it may be abstr
         """The fields that can be given, with their values."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
 
+    def changed(self, values: Mapping[str, Any]) -> Self:
+        """The same with these values.
+
+        Raises:
+            TypeError: there is no such field.
+            HyperparameterError: a value is not allowed.
+        """
+        known = self.values()
+        for name in values:
+            if name not in known:
+                cls = type(self).__name__
+                raise TypeError(f"unknown hyperparameter {name!r}: {cls} has {', '.join(known)}")
+        return replace(self, **values)
+
     @classmethod
     def unchecked(cls, **values: Any) -> Self:
         """One of any values: symbols, 0-d arrays, a schedule's next value."""
@@ -181,7 +195,8 @@ class Rule(Hyperparameters):
 
     An update may branch on its fields that are no floats, and on whether a float is zero.
 
-    Every rule takes the four fields below; `step` is the only place that knows the last three.
+    Every rule takes the four fields below; `step` alone knows the last three, but for the decay of
+    rules with `decay_of_its_own`.
 
     Args:
         lr: Learning rate, in [0, inf).

@@ -95,7 +95,16 @@ class ModelState:
     def of_shapes(
         cls, shapes: Sequence[tuple[int, ...]], rule: Rule, precision: str = "mixed"
     ) -> ModelState:
-        """A model of tensors of these shapes; arguments and errors as for `of_count`."""
+        """A model of tensors of these shapes, and any rule.
+
+        Args:
+            shapes: The shapes.
+            rule: The rule.
+            precision: As for `of_count`.
+
+        Raises:
+            ValueError: ``precision`` is unknown, or the rule takes no tensor of such a shape.
+        """
         _check_precision(precision)
         tensors = tuple(
             (
@@ -108,7 +117,7 @@ class ModelState:
             for shape in shapes
         )
         elements = sum(size for size, *_ in tensors)
-        return cls(elements, PRECISIONS[precision], sum(x for _, x, _ in tensors), tuple(tensors))
+        return cls(elements, PRECISIONS[precision], sum(x for _, x, _ in tensors), tensors)
 
     def memory(self, stage: int, workers: int) -> Memory:
         """What the fullest worker holds.

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 import numpy as np
 
 from portopt.arrays import SIZES
-from portopt.plan import checked_step
+from portopt.plan import checked_step, rounded
 from portopt.program import Program
 from portopt.rules import Around, Rule
 from portopt.rules.around import AVERAGE, initial
@@ -68,11 +68,12 @@ class Sharded:
             "params" its arrays by name.
         plan: Who updates what; tensors are numbered in the order of the groups.
         state: For each parameter of which this worker has a span and that has had a gradient, by
-            name, its "step" and slots: flat arrays as long as the span, but of the parameter's
-            shape where the span is all of it.
+            name, its "step", the rule's numbers, and slots: flat arrays as long as the span, but of
+            the parameter's shape where the span is all of it.
 
     Raises:
-        TypeError: a parameter is of a wrong type or dtype; an unknown hyperparameter.
+        TypeError: a parameter is of a wrong type or dtype; an unknown hyperparameter; ``around`` is
+            no `Around`.
         ValueError: no parameters, one that is there twice or cannot be cut or written or shares
             memory with another, or a hyperparameter or ``stage`` that is not allowed.
 
@@ -107,7 +108,7 @@ class Sharded:
             raise TypeError(f"rule must be a portopt.Rule, such as rules.Adam(), got {rule!r}")
         if stage not in (1, 2):
             raise ValueError(f"stage must be 1 or 2, got {stage!r}")
-        self.rule, self.around = rule, around or Around()
+        self.rule, self.around = rule, Around.of(around)
         self.collectives, self.buffers = collectives, buffers
         self.stage, self.average = stage, average
         self.param_groups = self._groups(params)
@@ -142,7 +143,7 @@ class Sharded:
                 ``state`` does not fit, or a parameter has become read-only; nothing is changed
                 then.
             ArithmeticError: a scalar is no real number; nothing is changed then.
-            RuntimeError: another worker cannot make the step; nothing is changed then.
+            RuntimeError: another worker cannot make the step; parameters and states are unchanged.
         """
         given = self._checked(grads)
         rules = [self._rule(group) for group in self.param_groups]
@@ -192,7 +193,10 @@ class Sharded:
         if failure is not None:
             raise failure
         if failed:
-            raise RuntimeError(f"{failed:g} other workers cannot make the step: nothing is changed")
+            raise RuntimeError(
+                f"the step is not made, as {failed:g} of the other workers cannot: parameters and "
+                "states are unchanged"
+            )
         return cast(T, result)
 
     def _averaged(self, given: Mapping[Name, Any]) -> dict[Span, Any]:
@@ -237,7 +241,7 @@ class Sharded:
                 key = (program, state["step"], *own.values())
                 if key not in known:  # once for all parameters that share it
                     known[key] = program.scalars(fixed | own, state["step"])
-                state |= self._rounded(program.kept(known[key]), array)
+                state |= rounded(program.kept(known[key]), self.buffers.dtype(array))
                 arrays = {"param": param, "grad": grad, **state}
                 operands = {operand: arrays[operand] for operand in program.operands}
                 parts.append(_Part(name, span, state, Work(program, known[key], operands)))
@@ -278,12 +282,7 @@ class Sharded:
         slots = {slot: entries[slot] if slot in entries else begin(slot) for slot in program.slots}
         first = {name: rule.initial(name) for name in program.numbers if name not in entries}
         kept = {name: float(entries[name]) for name in program.numbers if name in entries}
-        return {"step": step, **kept, **self._rounded(first, param), **slots}
-
-    def _rounded(self, numbers: Mapping[str, float], param: Any) -> dict[str, float]:
-        """A rule's numbers as frameworks keep them: in float32, if the parameter is no float64."""
-        kind = np.float64 if self.buffers.dtype(param) == "float64" else np.float32
-        return {name: float(kind(value)) for name, value in numbers.items()}
+        return {"step": step, **kept, **rounded(first, self.buffers.dtype(param)), **slots}
 
     def _gather(self, given: Mapping[Name, Any]) -> None:
         """Send the new parameters of this worker's spans, and receive the others'."""
@@ -334,13 +333,7 @@ class Sharded:
         return groups
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
-        known = self.rule.values()
-        hyper = {key: value for key, value in group.items() if key != "params"}
-        for key in hyper:
-            if key not in known:
-                name = type(self.rule).__name__
-                raise TypeError(f"unknown hyperparameter {key!r}: {name} has {', '.join(known)}")
-        return replace(self.rule, **hyper)
+        return self.rule.changed({key: x for key, x in group.items() if key != "params"})
 
     def _checked(self, grads: Any) -> dict[Name, Any]:
         if not isinstance(grads, Mapping | Sequence):

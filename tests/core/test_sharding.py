@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import threading
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from support import gradients, weights
 
 from portopt import Around, Optimizer, Rule
 from portopt.rules import SGD, Adam, Lamb, Momentum, registry
-from portopt.sharding import NumPyBuffers, Sharded, collectives, memory, plan, simulate, update
+from portopt.sharding import NumPyBuffers, Sharded, simulate
 from portopt.sharding.plan import ALIGN
 
 STEPS = 20
@@ -504,9 +503,3 @@ def test_groups_of_two_programs():
     for params in simulate(2, work):
         for name, value in expected.items():
             assert_bits(params[name], value, name)
-
-
-@pytest.mark.parametrize("module", [collectives, memory, plan, update], ids=lambda m: m.__name__)
-def test_doctests(module):
-    result = doctest.testmod(module, extraglobs={"simulate": simulate})
-    assert result.attempted and not result.failed

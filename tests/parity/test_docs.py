@@ -32,6 +32,18 @@ def test_snippet_runs(snippet, tmp_path):
         run_script(script, tmp_path, *TORCHRUN)
 
 
+def test_the_tests_that_behaviours_name_are_there():
+    folder, file, named = None, None, 0
+    for line in (ROOT / "docs" / "behaviours.md").read_text().splitlines():
+        folder = {"## PyTorch": "torch", "## Keras": "tf"}.get(line, folder)
+        for path, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?", line):
+            file = ROOT / "tests" / folder / path if path else file
+            if path or test:
+                assert f"def {test}(" in file.read_text() if test else file.exists(), line
+                named += bool(test)
+    assert named > 80
+
+
 def test_the_readme_shows_what_its_first_snippet_prints():
     readme = (ROOT / "README.md").read_text()
     namespace = {"__name__": __name__}

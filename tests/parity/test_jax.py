@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -275,5 +273,17 @@ def test_bad_arguments():
         transformation.update(params, state._replace(slots={}), params)
 
 
-def test_doctests():
-    assert doctest.testmod(portopt.jax).failed == 0
+@pytest.mark.parametrize("rule", [rules.ScheduleFreeAdamW(lr=0.1), rules.Adam(lr=0.1)], ids=repr)
+def test_the_weights_to_evaluate_are_numpys(rule):
+    optimizer, params, start = Optimizer(rule), jnp.ones(50), np.ones(50, np.float32)
+    numpy = portopt.Optimizer(rule, [start])
+    state = optimizer.init(params)
+    for grad in gradients(50, 5):
+        params, state = optimizer.step(params, state, jnp.asarray(grad))
+        numpy.step([grad])
+    numpy.eval()
+    for evaluated in (optimizer.evaluated, jax.jit(optimizer.evaluated)):
+        assert_agree(evaluated(params, state), start, "float32")
+    assert np.array_equal(optimizer.evaluated(params, state), params) != rule.has_modes
+    with pytest.raises(ValueError, match="state must have the slots"):
+        optimizer.evaluated(params, state._replace(slots={}))

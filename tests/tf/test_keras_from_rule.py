@@ -1,5 +1,7 @@
 """A user's own rule becomes a Keras optimizer without an adapter."""
 
+import doctest
+import importlib
 from dataclasses import dataclass
 
 import keras
@@ -165,3 +167,13 @@ def test_classes_by_name(tmp_path, monkeypatch):
     assert variable.numpy().tolist() == [0.5, 1.5]
     with pytest.raises(AttributeError, match="has no attribute 'Adm'"):
         _ = portopt_tf.Adm
+
+
+@pytest.mark.parametrize("name", ["drop_in", "from_rule", "layout", "optimizer", "sharded"])
+def test_doctests(name):
+    assert doctest.testmod(importlib.import_module(f"portopt_tf.{name}")).failed == 0
+
+
+def test_what_there_is_can_be_had():
+    assert {"Adam", "Lion", "RAdam", "Sharded", "get"} <= {*dir(portopt_tf)}
+    assert all(hasattr(portopt_tf, name) for name in dir(portopt_tf))

@@ -1,7 +1,10 @@
 """`from_rule`: any rule, a user's own too, as a torch.optim.Optimizer."""
 
 import copy
+import doctest
+import importlib
 import pickle
+import pkgutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -218,7 +221,8 @@ def test_classes_by_name(tmp_path, monkeypatch):
     assert portopt_torch.get("adam") is portopt_torch.Adam
     assert portopt_torch.get("nadam") is portopt_torch.NAdam is portopt_torch.get("NADAM")
     assert portopt_torch.get("lion") is portopt_torch.Lion is from_rule(rules.Lion)
-    assert {*portopt_torch.names(), "get"} <= {*dir(portopt_torch)}
+    assert {*portopt_torch.names(), "get", "Lion", "Sharded"} <= {*dir(portopt_torch)}
+    assert all(hasattr(portopt_torch, name) for name in dir(portopt_torch))
     plugin.install(tmp_path)  # a package that brings a rule
     monkeypatch.syspath_prepend(tmp_path)
     param = torch.nn.Parameter(torch.ones(2))
@@ -227,3 +231,10 @@ def test_classes_by_name(tmp_path, monkeypatch):
     assert param.tolist() == [0.5, 1.5]
     with pytest.raises(AttributeError, match="has no attribute 'Adm'"):
         _ = portopt_torch.Adm
+
+
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(portopt_torch.__path__)])
+def test_doctests(name):
+    if name in ("bench", "demo", "parity", "race"):
+        pytest.skip("it runs as a child process")
+    assert doctest.testmod(importlib.import_module(f"portopt_torch.{name}")).failed == 0
