@@ -364,9 +364,11 @@ def _shown(given: Any) -> Any:
 
 def _copy(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays of their own, and Python's numbers."""
-    numbers = {k: float(v) for k, v in entries.items() if not isinstance(v, np.ndarray)}
-    arrays = {k: v.copy("K") for k, v in entries.items() if isinstance(v, np.ndarray)}
-    return {**numbers, "step": int(entries["step"]), **arrays}
+    others = {name: value for name, value in entries.items() if name != "step"}
+    return {"step": int(entries["step"])} | {
+        name: value.copy("K") if isinstance(value, np.ndarray) else float(value)
+        for name, value in others.items()
+    }
 
 
 def _check_param(name: Name, array: Any) -> None:

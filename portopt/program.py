@@ -173,6 +173,8 @@ class Program:
                 value = OPS[op].meaning(None, *_read(env, args))
                 if isinstance(value, complex):
                     raise ArithmeticError(f"it is {value}")
+                if isinstance(value, bool):  # of which PyTorch's compilers take no float
+                    value = 1.0 if value else 0.0
                 kept = op == "less" or (number is float and name in self._results)
                 env[name] = number(value) if kept else value
             except ArithmeticError as error:

@@ -172,7 +172,8 @@ class Held:
             begin += len(some)
 
     def __del__(self) -> None:
-        self._place.let_go(self.rows)
+        if not sys.is_finalizing():
+            self._place.let_go(self.rows)
 
 
 class _Place(NamedTuple):

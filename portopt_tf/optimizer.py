@@ -254,7 +254,7 @@ class Optimizer(keras.optimizers.Optimizer):
         where a subclass has an `update_step` of its own.
         """
         t, group = next_step(self.iterations), self._group_of(trainable_variables)
-        is_ours = type(self).update_step is Optimizer.update_step  # a subclass may add to it
+        is_ours = _is_own(self.update_step)  # a subclass, or somebody, may have put another there
         can_be_compiled = is_ours and group.can_be_compiled and not _has_strategy()
         works: list[_Work] = []
         for variant, places in group.places.items():
@@ -406,6 +406,10 @@ def check_dtype(variable: Any) -> None:
         raise TypeError(
             f"variable {path_of(variable)!r} must have a dtype among {allowed}, has {dtype}"
         )
+
+
+def _is_own(update_step: Any) -> bool:
+    return getattr(update_step, "__func__", None) is Optimizer.update_step
 
 
 def _can_be_compiled(variables: list[Any]) -> bool:

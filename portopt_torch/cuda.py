@@ -50,6 +50,7 @@ class Launch:
         self._table = torch.empty(self.table.shape, dtype=torch.int64, device=device)
         self._sent = np.zeros_like(self.table)  # no tensor is at address 0
         self._kept: list[Tensor] = []
+        self._is_in_graph = False
 
     def helpers(self, threads: int) -> int:
         """None: the host has nothing to do but look at tensors."""
@@ -57,12 +58,13 @@ class Launch:
 
     def _current(self) -> Tensor:
         """The table, on the device."""
-        capturing = self._is_captured()
-        if capturing or not np.array_equal(self._sent, self.table):
+        if self.is_captured() and not self._is_in_graph:
+            self._is_in_graph = True
+            _captured.append(self)
+        # What a graph sends is not there before it is replayed, and then at any time.
+        if self._is_in_graph or not np.array_equal(self._sent, self.table):
             self._sent = self.table.copy()
             self._send(self._table, self._sent.view(np.int64))
-        if capturing and self not in _captured:
-            _captured.append(self)
         return self._table
 
     def _send(self, target: Tensor, array: np.ndarray[Any, Any]) -> None:
@@ -70,11 +72,12 @@ class Launch:
         source = torch.from_numpy(array)
         if target.is_cuda:
             source = source.pin_memory()
-        if self._is_captured():
+        if self.is_captured():
             self._kept.append(source)  # every replay reads it
         target.copy_(source, non_blocking=True)
 
-    def _is_captured(self) -> bool:
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph is taking in what is launched."""
         return self._table.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

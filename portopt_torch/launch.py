@@ -207,6 +207,10 @@ class CudaBatch(Batch):
 
     def prepare(self, values: Sequence[Mapping[str, Any]]) -> None:
         if not self.on_device:
+            if self.counts and self.step.is_captured():
+                raise RuntimeError(
+                    "a CUDA graph that captures step() counts no steps: capturable must be True"
+                )
             super().prepare(values)
             return self.step.set(self.scalars, self.which)
         self.new: list[tuple[slice, dict[str, Tensor]]] = []
@@ -214,12 +218,21 @@ class CudaBatch(Batch):
             (places,) = np.nonzero(self.groups == group)
             part = slice(int(places[0]), int(places[-1]) + 1)  # groups come one after the other
             asked = self.program.hyperparameters
-            numbers = {name: as_scalar(values[group][name]) for name in asked}
+            numbers = {name: self._beside(as_scalar(values[group][name])) for name in asked}
             numbers |= {name: count[part].double() for name, count in self.counts.items()}
             scalars = self.program.scalars(numbers, numbers["step"] + 1, Tensor.double)
             self.step.set_on_device(part, scalars)
             self.new.append((part, self.program.kept(scalars)))
         return None
+
+    def _beside(self, number: Any) -> Any:
+        """A number where the parameters are, if it is a tensor: it may be on another device."""
+        return number.to(self.params[0].device) if torch.is_tensor(number) else number
+
+    def run(self, found_inf: Tensor | None = None) -> None:
+        if found_inf is not None:  # true or false, of a norm that is not finite
+            found_inf = self._beside(found_inf.float())
+        super().run(found_inf)
 
     def _keep(self, found_inf: Tensor | None) -> None:
         if not self.on_device:

@@ -56,15 +56,6 @@ def _quiet(step: Callable[..., Any]) -> Callable[..., Any]:
     return quiet
 
 
-try:  # to hide a call from PyTorch's compiler takes longer than to ask whether it looks at any
-    from torch._C._dynamo.eval_frame import get_eval_frame_callback as _watcher
-except ImportError:
-
-    def _watcher() -> object:
-        """What looks at every call; None if nothing does."""
-        return True
-
-
 class Optimizer(torch.optim.Optimizer):
     """Base of the adapters: PyTorch's parameters, gradients and state, and a rule's arithmetic.
 
@@ -178,7 +169,7 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         compiling = torch.compiler.is_compiling()
-        launch = self._launch_unseen if compiling or _watcher() is not None else self._launch
+        launch = self._launch_unseen if compiling or plain.watcher() is not None else self._launch
         rest = launch(compiling=compiling)
         if not rest:
             return loss
@@ -223,14 +214,22 @@ class Optimizer(torch.optim.Optimizer):
         """The same with all slots; the optimizer itself gets none."""
         state = dict(state_dict["state"])
         for ours, packed in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            rule, program = self._traced(ours)
             for key, param in zip(packed["params"], ours["params"], strict=True):
                 if state.get(key):
-                    own = specialized(program, rule, self.around, param.shape)
-                    if any(state[key].get(slot) is None for slot in own.slots):
-                        state[key] = dict(state[key])
-                        add_slots(state[key], rule, own.slots, param)
+                    state[key] = self.with_slots(ours, param, state[key])
         return {**state_dict, "state": state}
+
+    def with_slots(
+        self, group: Mapping[str, Any], param: Tensor, state: dict[str, Any]
+    ) -> dict[str, Any]:
+        """A parameter's state, or what it will be where slots have been turned on since."""
+        rule, program = self._traced(group)
+        slots = specialized(program, rule, self.around, param.shape).slots
+        if all(state.get(slot) is not None for slot in slots):
+            return state
+        state = dict(state)
+        add_slots(state, rule, slots, param)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of its native twin; tensors keep the dtype they have there.
@@ -321,10 +320,12 @@ class Optimizer(torch.optim.Optimizer):
         skip: Any = getattr(self, "found_inf", None)  # GradScaler's
         if around.needs_norm:
             norm = plan.grad_norm() if self.grad_norm is None else self.grad_norm
-            values = [{**one, "grad_norm": norm} for one in values]
             if around.skip_nonfinite:
                 is_bad = norm - norm != 0  # as for NaN and Inf alone
                 skip = is_bad if skip is None else skip + is_bad
+            if compiling:  # which would be done anew for each number
+                norm = torch.as_tensor(norm, dtype=torch.float64)
+            values = [{**one, "grad_norm": norm} for one in values]
         if not plan.on_device:
             if skip is not None and plain.host(skip):
                 plan.undo(self)
@@ -390,13 +391,21 @@ class Optimizer(torch.optim.Optimizer):
         A number of steps is no longer the other optimizer's own, which goes on counting with it.
         """
         for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            _, program = self._traced(ours)
+            beside = ours.get("capturable") or ours.get("fused")
             for key, param in zip(theirs["params"], ours["params"], strict=True):
                 for name, value in state_dict["state"].get(key, {}).items():
                     own = self.state[param][name]
+                    device = param.device
+                    if name in program.numbers and not beside:
+                        device = torch.device("cpu")  # as its "step", which the base class leaves
                     if name == "step" and torch.is_tensor(own):
                         self.state[param][name] = own.clone()
-                    elif torch.is_tensor(value) and value.dtype != own.dtype:
-                        self.state[param][name] = value.detach().to(param.device, copy=True)
+                    elif torch.is_tensor(value) and (value.dtype, device) != (
+                        own.dtype,
+                        own.device,
+                    ):
+                        self.state[param][name] = value.detach().to(device, copy=True)
 
 
 def _check_slot(

@@ -51,6 +51,15 @@ class Member(NamedTuple):
     takes_turns: bool
 
 
+try:  # to hide a call from PyTorch's compiler takes longer than to ask whether it looks at any
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback as watcher
+except ImportError:
+
+    def watcher() -> object:
+        """What looks at every call; None if nothing does."""
+        return True
+
+
 class Scalars:
     """The scalar part of a program, evaluated once for all parameters of one step count.
 
@@ -98,7 +107,9 @@ def update(scalars: Scalars, members: Iterable[Member]) -> None:
             member.state[name].copy_(torch.as_tensor(value))
     for own, some in alike.values():
         if some[0].way == "rows":
-            _update_rows(scalars.program, own, some[0])
+            seen = torch.compiler.is_compiling() or watcher() is not None
+            update = _update_rows_unseen if seen else _update_rows
+            update(scalars.program, own, some[0])
         else:
             _update(scalars.program, own, some)
 
@@ -149,6 +160,9 @@ def _update_rows(program: Program, scalars: Mapping[str, Any], member: Member) -
     for name, value in new.items():
         whole = torch.view_as_complex(value) if stored[name].is_complex() else value
         stored[name][rows] = whole.to(stored[name].dtype)
+
+
+_update_rows_unseen = torch._disable_dynamo(_update_rows)  # which does not know sparse tensors
 
 
 def switch(rule: Rule, param: Tensor, state: Mapping[str, Any], *, training: bool) -> None:

@@ -211,7 +211,7 @@ class Plan(NamedTuple):
         """The 2-norm of all gradients together: a number, or a tensor of one on the device."""
         sums = [batch.sum_squares() for batch in self.batches]
         if self.on_device:
-            return torch.cat(sums).sum().sqrt()
+            return torch.cat([one.to(sums[0].device) for one in sums]).sum().sqrt()
         found = [*chain.from_iterable(map(Tensor.tolist, sums))]
         for member in self.rest:
             grad = gradient(member.param)

@@ -95,7 +95,7 @@ class Sharded(torch.optim.Optimizer):
         if isinstance(group, DeviceMesh):
             group = group.get_group()  # raises where it has more dimensions
         group = group or (ddp.process_group if ddp else distributed.group.WORLD)
-        device = optimizer.param_groups[0]["params"][0].device
+        device = next(p.device for some in optimizer.param_groups for p in some["params"])
         self.stage = stage
         self.collectives = connect(group, device, timeout)
         self.division = Division(self.collectives.rank, self.collectives.size)
@@ -106,7 +106,10 @@ class Sharded(torch.optim.Optimizer):
         self._local.rule_of = lambda group: own._rule_of(group)  # type: ignore[method-assign]
         self._failure: str | None = None
         self._exchange = Exchange(self) if stage == 2 and ddp is None else None
+        self._reduced: set[int] = set()  # by DistributedDataParallel, since the last step
+        self._reduced_twice = False
         super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._compare(self.param_groups)
         self._extend(self.param_groups)
         if ddp is not None:
             self._pool = ThreadPoolExecutor(1, "portopt")
@@ -134,11 +137,24 @@ class Sharded(torch.optim.Optimizer):
         if any(param_group is group for group in self._whole.param_groups):  # as this one begins
             return super().add_param_group(param_group)
         self._ready()
-        self._whole.add_param_group(param_group)
+        failure = None
+        try:
+            self._whole.add_param_group(param_group)
+        except (TypeError, ValueError, RuntimeError) as error:
+            failure = error
+        try:
+            self._compare([param_group], failure)
+        except BaseException:
+            if failure is None:
+                self._whole.param_groups.pop()
+            raise
         super().add_param_group(param_group)
         return self._extend([param_group])
 
-    @torch.no_grad()
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse copies, which would have no connection to the other workers."""
+        raise TypeError("Sharded cannot be copied or pickled: save its state_dict()")
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; all workers do it together.
 
@@ -151,9 +167,14 @@ class Sharded(torch.optim.Optimizer):
                 or all as after it; the state is not, so that every further step is refused, as
                 after any other exception on the way: load a checkpoint into a new optimizer.
             RuntimeError: as the optimizer's own step does; or a gradient is sparse on one of the
-                workers, and nothing is changed.
+                workers; or, in stage 2 with ``ddp``, more than one backward pass has exchanged
+                since the last step or `zero_grad`; and nothing is changed.
             ValueError: stage 1, and a gradient is not there on all workers; nothing is changed.
         """
+        return (self._step_unseen if torch.compiler.is_compiling() else self._step)(closure)
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -164,6 +185,11 @@ class Sharded(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)  # GradScaler's
         if found_inf is not None and self.stage == 2:
             raise RuntimeError("stage 2 takes no GradScaler: each worker sees other gradients")
+        if self._reduced_twice:
+            raise RuntimeError(
+                "one backward pass may exchange between two steps: have the others within "
+                "ddp.no_sync(), or drop their gradients by this optimizer's zero_grad()"
+            )
         present = self._present()
         with self._guard():
             if found_inf is None or not host(found_inf):
@@ -171,12 +197,15 @@ class Sharded(torch.optim.Optimizer):
         self._drop_grads()
         return loss
 
+    _step_unseen = torch._disable_dynamo(_step)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer`` does; a share of the gradients goes, too.
 
         Of a backward pass that has raised in stage 2, the rest is exchanged first, and goes.
         """
         super().zero_grad(set_to_none)
+        self._reduced, self._reduced_twice = set(), False
         if self._exchange:
             self._exchange.drop()
 
@@ -209,13 +238,32 @@ class Sharded(torch.optim.Optimizer):
 
         A slot of a parameter that this worker has not all of is a `Shard`.
         """
-        self._local.state_dict()  # gives slots to what has been turned on since the last step
         self._show_state()
-        state: dict[str, Any] = super().state_dict()
-        params = self._flat_params()
-        for key, own in state["state"].items():
-            state["state"][key] = self.division.shards(params[key], own)
+
+        def divided(_: object, made: dict[str, Any]) -> dict[str, Any]:
+            params, states = self._flat_params(), self._with_slots()
+            shards = {
+                key: self.division.shards(params[key], states[params[key]]) for key in made["state"]
+            }
+            return {**made, "state": shards}
+
+        hook = self.register_state_dict_post_hook(divided, prepend=True)  # before the user's own
+        try:
+            state: dict[str, Any] = super().state_dict()
+        finally:
+            hook.remove()
         return state
+
+    def _with_slots(self) -> dict[Tensor, dict[str, Any]]:
+        """The states, with all slots, by the whole parameters."""
+        self._tell_settings()
+        views, local = self.division.views, self._local
+        return {
+            param: local.with_slots(theirs, views[param], self.state[param])
+            for ours, theirs in zip(self.param_groups, local.param_groups, strict=True)
+            for param in ours["params"]
+            if param in self.state
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of the unsharded optimizer, or of this class with the same division.
@@ -281,10 +329,10 @@ class Sharded(torch.optim.Optimizer):
         if to not in range(self.collectives.size):
             raise ValueError(f"to must be a rank below {self.collectives.size}, got {to!r}")
         self._ready()
-        self._local.state_dict()
         self._show_state()
         rank, what = self.collectives.rank, "gathering of the state"
-        own = self.division.described(self.state)
+        states = self._with_slots()
+        own = self.division.described(states)
         with self._guard("nothing is changed"):
             said = self.collectives.all_gather_object(own, what)
             whole: dict[int, dict[str, Any]] = defaultdict(dict)
@@ -292,7 +340,7 @@ class Sharded(torch.optim.Optimizer):
             if rank == to:
                 pieces = [[*self.division.rooms(r, some, whole)] for r, some in enumerate(said)]
             slots = [
-                self.state[self.division.params[number]][name].reshape(-1)
+                states[self.division.params[number]][name].reshape(-1)
                 for number, entries in own.items()
                 for name, what in entries.items()
                 if not torch.is_tensor(what)
@@ -318,29 +366,37 @@ class Sharded(torch.optim.Optimizer):
 
     # The division
 
+    def _compare(self, groups: Sequence[dict[str, Any]], failure: Exception | None = None) -> None:
+        """Refuse, on all workers, groups that one of them refuses, or that differ.
+
+        Args:
+            groups: They.
+            failure: Why this worker has refused them already.
+        """
+        described = None
+        if failure is None:
+            try:
+                described = _described(groups)
+            except (TypeError, ValueError) as error:
+                failure = error
+        own = described, failure and f"{type(failure).__name__}: {failure}"
+        said = self.collectives.all_gather_object(own, "comparison of the parameters")
+        if failure is not None:
+            raise failure
+        for rank, (other, why) in enumerate(said):
+            if why is not None:
+                raise ValueError(f"params must be taken by all workers, are not by {rank}: {why}")
+            if other != described:
+                raise ValueError(
+                    "params must be the same on all workers, are of other shapes or dtypes"
+                )
+
     def _extend(self, groups: Sequence[dict[str, Any]]) -> None:
         """Divide the parameters of groups, those that are frozen by themselves."""
-        described = [
-            [(tuple(p.shape), str(p.dtype), p.requires_grad) for p in group["params"]]
-            for group in groups
-        ]
-        said = self.collectives.all_gather_object(described, "comparison of the parameters")
-        if any(other != described for other in said):
-            raise ValueError(
-                "params must be the same on all workers, are of other shapes or dtypes"
-            )
         owned: dict[Tensor, bool] = {}
         for group in groups:
-            if group.get("differentiable"):
-                raise ValueError("differentiable must be False to be sharded, is True")
             rule, program = self._whole._traced(group)
             for param in group["params"]:
-                if param.dtype not in STORAGE or param.is_complex():
-                    raise TypeError(f"a parameter must be of real floats, is {param.dtype}")
-                if not param.is_contiguous():
-                    raise ValueError(
-                        f"a parameter must be contiguous, one of shape {tuple(param.shape)} is not"
-                    )
                 own = specialized(program, rule, self.around, param.shape)
                 owned[param] = own.elementwise
         self.division.extend(owned)
@@ -453,12 +509,8 @@ class Sharded(torch.optim.Optimizer):
             )
             if around.skip_nonfinite and not np.isfinite(local.grad_norm):
                 return
-        local.around = replace(around, skip_nonfinite=False, zero_grad=False)
+        self._tell_settings()
         local.grad_scale = getattr(self, "grad_scale", None)  # GradScaler's
-        for ours, theirs in zip(self.param_groups, local.param_groups, strict=True):
-            theirs.update(
-                {key: value for key, value in ours.items() if key in theirs and key != "params"}
-            )
         division.follow()
         for param, view in division.views.items():
             view.grad = places.get(division.own[division.number[param]])
@@ -471,7 +523,16 @@ class Sharded(torch.optim.Optimizer):
         if places:
             torch._foreach_copy_([division.parts[span] for span in places], list(places.values()))
 
+    def _tell_settings(self) -> None:
+        """Let the local optimizer have what the groups, and what stands around, say now."""
+        self._local.around = replace(self.around, skip_nonfinite=False, zero_grad=False)
+        for ours, theirs in zip(self.param_groups, self._local.param_groups, strict=True):
+            theirs.update(
+                {key: value for key, value in ours.items() if key in theirs and key != "params"}
+            )
+
     def _drop_grads(self) -> None:
+        self._reduced, self._reduced_twice = set(), False
         grads = [param.grad for param in self.division.params if param.grad is not None]
         if self.around.zero_grad and grads:
             torch._foreach_zero_(grads)
@@ -505,6 +566,8 @@ class Sharded(torch.optim.Optimizer):
                 grads[self.division.number[param]] = grad
             else:
                 others.append(grad)
+        self._reduced_twice |= not self._reduced.isdisjoint(grads)
+        self._reduced |= grads.keys()
         done: torch.futures.Future[Tensor] = torch.futures.Future()
 
         def work() -> None:
@@ -544,6 +607,24 @@ class Sharded(torch.optim.Optimizer):
         with self._guard():
             self.collectives.reduce_scatter(pieces)
             self.collectives.all_gather(pieces, "exchange of gradients")
+
+
+def _described(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What all workers' groups must have alike; a TypeError or ValueError if they are refused."""
+    for group in groups:
+        if group.get("differentiable"):
+            raise ValueError("differentiable must be False to be sharded, is True")
+        for param in group["params"]:
+            if param.dtype not in STORAGE or param.is_complex():
+                raise TypeError(f"a parameter must be of real floats, is {param.dtype}")
+            if not param.is_contiguous():
+                raise ValueError(
+                    f"a parameter must be contiguous, one of shape {tuple(param.shape)} is not"
+                )
+    return [
+        [(tuple(p.shape), str(p.dtype), p.requires_grad) for p in group["params"]]
+        for group in groups
+    ]
 
 
 class _HostBuffers(Buffers):

@@ -120,6 +120,15 @@ def test_a_shape_that_is_not_known(mode):
     assert (variable.numpy() == 0.5).all()
 
 
+def test_an_update_step_that_an_instance_is_given():
+    for optimizer in pair("SGD", learning_rate=0.5):
+        own = optimizer.update_step
+        optimizer.update_step = lambda grad, variable, lr, own=own: own(2 * grad, variable, lr)
+        variable = keras.Variable([1.0])
+        optimizer.apply([tf.constant([1.0])], [variable])
+        assert variable.numpy() == [0.0]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_unknown_keyword_is_refused_as_natively(name):
     for module in (keras.optimizers, portopt_tf):

@@ -180,13 +180,29 @@ def train_by_triton(name, groups, grads, *, on_device, scale=None, skipped=(), *
     for number, step in enumerate(grads):
         for param, grad in zip(chain(*params), step, strict=True):
             param.grad = None if grad is None else grad * (scale or 1)
-        optimizer.found_inf = torch.tensor(float(number in skipped))
+        optimizer.found_inf = torch.tensor(float(number in skipped)) if skipped else None
         optimizer.grad_scale = scale and torch.tensor(scale)
         optimizer.step()
         if on_device:
             for batch in optimizer._plan.batches:
                 batch.on_device, batch.columns = True, {}
     return [param.detach() for param in chain(*params)], optimizer.state_dict()["state"]
+
+
+def capture_by_triton():
+    """Take a step whose number the host counts while, so it seems, a CUDA graph takes it in."""
+    import portopt_torch.plan
+    from portopt_torch import cuda
+    from portopt_torch.launch import CudaBatch
+
+    portopt_torch.plan.Batch, is_captured = CudaBatch, cuda.Launch.is_captured
+    cuda.Launch.is_captured = lambda self: True
+    try:
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        portopt_torch.Adam([param]).step()
+    finally:
+        cuda.Launch.is_captured = is_captured
 
 
 def expected(program, storage, tensors, scalars, spans):

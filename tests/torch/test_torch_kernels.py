@@ -1078,6 +1078,19 @@ def test_compiled_by_inductor(name, dynamo):
     assert_params_agree(mine, theirs)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("AdamW", {"around": Around(clip_norm=0.3)}), ("SGD", {"momentum": 0.9, "dampening": 0.5})],
+)
+def test_compiled_comparisons_of_scalars(name, options):
+    """A norm, and a step's number, are symbols to backends that trace ahead of time."""
+    torch._dynamo.reset()
+    mine, _ = compiled_steps(ours(name), "aot_eager", 0.1, options)
+    with torch._dynamo.config.patch(disable=True):
+        theirs, _ = compiled_steps(ours(name), "eager", 0.1, options)
+    assert_params_agree(mine, theirs)
+
+
 # ---- GradScaler ----
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -261,3 +263,88 @@ def differ(rank):
 @pytest.mark.distributed
 def test_workers_that_differ():
     assert workers.run(2, differ) == [[[1.0, 1.0]] * 3] * 2
+
+
+def refuse_a_group(rank):
+    weight, late, same = param(), param(), param()
+    optimizer = Sharded(portopt_torch.Adam([weight], lr=0.5))
+    if rank == 0:
+        late = torch.nn.Parameter(torch.ones(2, 3).T)
+    words = "contiguous" if rank == 0 else "are not by 0: ValueError: a parameter must be contig"
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": [late]})
+    optimizer.add_param_group({"params": [same]})
+    for each in (weight, same):
+        each.grad = torch.ones_like(each)
+    optimizer.step()
+    return weight.detach().tolist(), same.detach().tolist()
+
+
+@pytest.mark.distributed
+def test_a_group_that_one_worker_refuses_leaves_no_trace():
+    moved = [[0.5, 0.5]] * 3
+    for ends in workers.run(2, refuse_a_group):
+        torch.testing.assert_close(torch.tensor(ends), torch.tensor([moved, moved]))
+
+
+def pass_twice(rank):
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(0)
+    net = DistributedDataParallel(torch.nn.Linear(20, 3))
+    start = [param.detach().clone() for param in net.parameters()]
+    optimizer = Sharded(portopt_torch.SGD(net.parameters(), lr=0.5), stage=2, ddp=net)
+    for _ in range(2):
+        net(torch.ones(2, 20) + rank).sum().backward()
+    with pytest.raises(RuntimeError, match="one backward pass may exchange between two steps"):
+        optimizer.step()
+    assert all(map(torch.equal, net.parameters(), start))
+    optimizer.zero_grad()
+    with net.no_sync():
+        net(torch.ones(2, 20) + rank).sum().backward()
+    net(torch.ones(2, 20) + rank).sum().backward()
+    optimizer.step()
+    return [
+        float((now - then).abs().max()) for now, then in zip(net.parameters(), start, strict=True)
+    ]
+
+
+@pytest.mark.distributed
+def test_with_ddp_one_pass_exchanges():
+    """Others would add to gradients of which a part is averaged, and the rest is not."""
+    for moved in workers.run(2, pass_twice):
+        assert moved == pytest.approx([0.5 * 2 * 2 * 1.5, 0.5 * 2 * 2])
+
+
+def test_copies_are_refused(group):
+    optimizer = Sharded(portopt_torch.Adam([param()]))
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="Sharded cannot be copied or pickled"):
+            copied(optimizer)
+
+
+def test_slots_turned_on_are_in_the_state_that_hooks_see(group):
+    weight = param()
+    optimizer, seen = Sharded(portopt_torch.SGD([weight], lr=0.5, momentum=0.9)), []
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    optimizer.around = Around(ema_decay=0.9)
+    optimizer.register_state_dict_post_hook(lambda _, state: seen.append(state["state"][0].keys()))
+    for state in (optimizer.state_dict(), optimizer.consolidated_state_dict()):
+        assert {*state["state"][0]} == {"momentum_buffer", "param_ema"}
+    assert {*seen[0]} == {"momentum_buffer", "param_ema"}
+    assert {*optimizer.state[weight]} == {"momentum_buffer"}
+
+
+def test_a_compiled_step(group, monkeypatch):
+    ends = []
+    for backend in (None, "eager"):
+        weight = param()
+        optimizer = Sharded(portopt_torch.AdamW([weight], lr=0.5))
+        step = torch.compile(optimizer.step, backend=backend) if backend else optimizer.step
+        for _ in range(3):
+            weight.grad = torch.ones_like(weight)
+            step()
+        ends.append(weight.detach().numpy())
+    torch._dynamo.reset()
+    assert_bits(*ends)

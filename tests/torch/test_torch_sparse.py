@@ -97,3 +97,19 @@ def test_sparse_adam_takes_nothing_else():
         param.grad = torch.ones(3)
         with pytest.raises(RuntimeError, match=r"^SparseAdam does not support dense gradients"):
             cls([param]).step()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "SparseAdam"])
+def test_compiled_steps_with_sparse_gradients(name):
+    ends = []
+    for cls, is_compiled in ((ours(name), True), (native(name), False)):
+        param = torch.nn.Parameter(torch.ones(5, 2))
+        optimizer = cls([param], lr=0.1)
+        step = torch.compile(optimizer.step, backend="eager") if is_compiled else optimizer.step
+        for value in (1.0, -2.0, 3.0):
+            rows = torch.full((2, 2), value)
+            param.grad = torch.sparse_coo_tensor([[0, 3]], rows, (5, 2))
+            step()
+        ends.append(param.detach())
+    torch._dynamo.reset()
+    assert_agree(*ends, "float32")
