@@ -389,11 +389,14 @@ def _in_either_mode(rule_class: type[Rule]) -> type[Rule]:
     return InEitherMode
 
 
+_ZEROS = keras.initializers.Zeros()
+
+
 def _initializer(value: Any, variable: Any = None) -> Any:
     if value is PARAM:
         return lambda shape, dtype: ops.copy(variable)
     if value == 0.0:
-        return "zeros"
+        return _ZEROS  # and not "zeros", which Keras would look up for each variable
     # Keras would take a Python float into float64 by way of float32.
     return keras.initializers.Constant(np.float64(value) if isinstance(value, float) else value)
 
