@@ -106,6 +106,7 @@ class Plan(NamedTuple):
         batches: The launches.
         rest: Those that do not go through a kernel.
         rest_at: Where those begin.
+        apart: Where the gradients were, if anywhere, when they were found to share no memory.
         made: Entries of states that this plan has made.
     """
 
@@ -116,6 +117,7 @@ class Plan(NamedTuple):
     batches: list[Batch]
     rest: list[Member]
     rest_at: list[int]
+    apart: list[Any]
     made: list[tuple[Tensor, str]]
 
     def renewed(self, optimizer: Optimizer, around: Around) -> Plan | None:
@@ -191,15 +193,18 @@ class Plan(NamedTuple):
             return
         rest = [*filter(has_address, (gradient(member.param) for member in self.rest))]
         own = np.array([(x.data_ptr(), x.data_ptr() + extent(x)) for x in rest], np.uint64)
-        begins = [*(batch.places() for batch in self.batches), own.reshape(-1, 2)[:, 0]]
+        begins = np.concatenate([*(x.places() for x in self.batches), own.reshape(-1, 2)[:, 0]])
+        if not rest and self.apart and np.array_equal(self.apart[0], begins):
+            return
         ends = [*(batch.grad_ends() for batch in self.batches), own.reshape(-1, 2)[:, 1]]
-        found = np.stack([np.concatenate(begins), np.concatenate(ends)])
+        found = np.stack([begins, np.concatenate(ends)])
         found = found[:, found[0] < found[1]]  # without what is empty, or not there
         begins_in_order, ends_in_order = found[:, np.argsort(found[0])]
         if (begins_in_order[1:] < np.maximum.accumulate(ends_in_order)[:-1]).any():
             raise RuntimeError(
                 "with zero_grad no gradient may be that of two parameters, nor share their memory"
             )
+        self.apart[:] = [begins]
 
     @property
     def on_device(self) -> bool:
@@ -297,6 +302,7 @@ def make_plan(optimizer: Optimizer, asked: Asked, *, compiling: bool) -> Plan:
         batches=batches,
         rest=rest,
         rest_at=_begins(rest),
+        apart=[],
         made=made,
     )
 
