@@ -323,8 +323,6 @@ class Optimizer(torch.optim.Optimizer):
             if around.skip_nonfinite:
                 is_bad = norm - norm != 0  # as for NaN and Inf alone
                 skip = is_bad if skip is None else skip + is_bad
-            if compiling:  # which would be done anew for each number
-                norm = torch.as_tensor(norm, dtype=torch.float64)
             values = [{**one, "grad_norm": norm} for one in values]
         if not plan.on_device:
             if skip is not None and plain.host(skip):

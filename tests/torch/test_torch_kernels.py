@@ -1083,12 +1083,19 @@ def test_compiled_by_inductor(name, dynamo):
     [("AdamW", {"around": Around(clip_norm=0.3)}), ("SGD", {"momentum": 0.9, "dampening": 0.5})],
 )
 def test_compiled_comparisons_of_scalars(name, options):
-    """A norm, and a step's number, are symbols to backends that trace ahead of time."""
+    """A norm, and another learning rate each step, are symbols to what traces ahead of time."""
     torch._dynamo.reset()
-    mine, _ = compiled_steps(ours(name), "aot_eager", 0.1, options)
-    with torch._dynamo.config.patch(disable=True):
-        theirs, _ = compiled_steps(ours(name), "eager", 0.1, options)
-    assert_params_agree(mine, theirs)
+    ends = []
+    for compiled in (True, False):
+        (param,) = make_params([(6, 4)])
+        optimizer = ours(name)([param], lr=0.05, **options)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for t, (grad,) in enumerate(make_grads([(6, 4)], steps=4)):
+            param.grad = grad
+            optimizer.param_groups[0]["lr"] = 0.05 / (t + 1)
+            step()
+        ends.append([param])
+    assert_params_agree(*ends)
 
 
 # ---- GradScaler ----

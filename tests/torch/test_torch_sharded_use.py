@@ -273,6 +273,7 @@ def refuse_a_group(rank):
     words = "contiguous" if rank == 0 else "are not by 0: ValueError: a parameter must be contig"
     with pytest.raises(ValueError, match=words):
         optimizer.add_param_group({"params": [late]})
+    assert len(optimizer.param_groups) == len(optimizer._whole.param_groups) == 1
     optimizer.add_param_group({"params": [same]})
     for each in (weight, same):
         each.grad = torch.ones_like(each)
